@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Providers for tests of the benchmark's protocol: cheap, and each wrong in one way of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tvmdcn.providers import Prepared, Unsupported
+from tvmdcn.reference import reference
+
+
+def right(spec, extents, tensors, threads, schedule):
+    result = reference(spec, tensors).astype(tensors.input.dtype)
+    return Prepared(lambda: result, lambda value: value)
+
+
+def floor(spec, extents, tensors, threads, schedule):
+    return Prepared(lambda: None, None)
+
+
+def wrong(spec, extents, tensors, threads, schedule):
+    result = reference(spec, tensors)
+    result.flat[-1] += 1
+    return Prepared(lambda: result, lambda value: value)
+
+
+def not_finite(spec, extents, tensors, threads, schedule):
+    result = reference(spec, tensors)
+    result.flat[0] = np.nan
+    return Prepared(lambda: result, lambda value: value)
+
+
+def unsupported(spec, extents, tensors, threads, schedule):
+    raise Unsupported("it cannot do <this> & that")
+
+
+def raises(spec, extents, tensors, threads, schedule):
+    raise ZeroDivisionError("divided\nby nothing")
+
+
+def killed(spec, extents, tensors, threads, schedule):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exits(spec, extents, tensors, threads, schedule):
+    print("a last word", file=sys.stderr)
+    os._exit(3)
+
+
+def dies_when_measured(spec, extents, tensors, threads, schedule):
+    prepared = right(spec, extents, tensors, threads, schedule)
+    calls = iter(range(3))
+    return Prepared(
+        lambda: prepared.call() if next(calls, None) is not None else os._exit(4), prepared.output
+    )
+
+
+def hangs(spec, extents, tensors, threads, schedule):
+    time.sleep(3600)
+
+
+def slow(spec, extents, tensors, threads, schedule):
+    prepared = right(spec, extents, tensors, threads, schedule)
+
+    def call():
+        time.sleep(0.05)
+        return prepared.call()
+
+    return Prepared(call, prepared.output)
+
+
+def noisy(spec, extents, tensors, threads, schedule):
+    """Print to standard output, where answers travel."""
+    print("hello from a library")
+    os.write(1, b"and from its C code\n")
+    return right(spec, extents, tensors, threads, schedule)
+
+
+def environment(spec, extents, tensors, threads, schedule):
+    names = ("OMP_NUM_THREADS", "TVMDCN_NUM_THREADS")
+    raise Unsupported(f"{threads} {schedule} " + " ".join(f"{name}={os.environ[name]}" for name in names))
+
+
+def ticking(spec, extents, tensors, threads, schedule):
+    """Write the time to the file named by `schedule` every millisecond, as a spinning thread pool would."""
+    file = Path(schedule).open("a", buffering=1)  # noqa: SIM115 - open as long as the process
+
+    def tick():
+        while True:
+            file.write(f"{time.monotonic()}\n")
+            time.sleep(0.001)
+
+    threading.Thread(target=tick, daemon=True).start()
+    return right(spec, extents, tensors, threads, schedule)

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calls need of the two kinds of arrays that they take: NumPy's and torch's.
+
+torch is only ever looked up among the imported modules: who passes a torch tensor has imported it.
+
+The order of axes: a NumPy array for an NHWC kernel is indexed N, H, W, C. A torch tensor is always indexed
+N, C, H, W; for an NHWC kernel its memory is ``torch.channels_last``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+import numpy as np
+
+from tvmdcn.errors import SpecTypeError
+from tvmdcn.validation import shown
+
+__all__ = ["Arrays", "NumpyArrays", "TorchArrays", "arrays_of"]
+
+_c_char, _addressof = ctypes.c_char.from_buffer, ctypes.addressof
+
+
+class Arrays(Protocol):
+    """One kind of arrays."""
+
+    name: str
+
+    def key(self, *arrays: Any) -> tuple[Hashable, ...]:
+        """Return what a prepared call depends on; one of `arrays` may be None. Fast, and without checks."""
+
+    def pointer(self, array: Any) -> int:
+        """Return the address of an array's first element. Fast, and without checks."""
+
+    def check(self, name: str, array: Any) -> None:
+        """Raise SpecTypeError unless `array` is a plain array of this kind in CPU memory."""
+
+    def dtype(self, array: Any) -> str:
+        """Return the name of an array's dtype."""
+
+    def channels_first_shape(self, array: Any, layout: str) -> tuple[int, ...]:
+        """Return the shape of input, offset, mask or output in the order N, C, H, W."""
+
+    def is_dense(self, array: Any, layout: str) -> bool:
+        """Return whether memory is what a kernel of a layout reads, but for its alignment."""
+
+    def dense(self, array: Any, layout: str) -> Any:
+        """Return the array with memory as a kernel of a layout reads it; copied where it is not."""
+
+    def empty(self, like: Any, shape: tuple[int, ...], layout: str) -> Any:
+        """Return an uninitialised array of the dtype of `like`, of a shape in the order N, C, H, W."""
+
+    def accumulators(self, array: Any, dtype: str) -> Any:
+        """Return a dense one-dimensional array converted to `dtype`."""
+
+    def mark_written(self, array: Any) -> None:
+        """Note that a kernel writes into an array of the caller's."""
+
+
+class NumpyArrays:
+    """NumPy arrays."""
+
+    name = "numpy.ndarray"
+
+    @staticmethod
+    def key(*arrays: Any) -> tuple[Hashable, ...]:
+        """Return types (a masked array is no plain one), shapes, strides and dtypes."""
+        return tuple([None if a is None else (type(a), a.shape, a.strides, a.dtype) for a in arrays])
+
+    @staticmethod
+    def pointer(array: Any) -> int:
+        """Return the address of the first element."""
+        try:
+            return _addressof(_c_char(array))  # 0.2 us
+        except (TypeError, ValueError, BufferError):  # read-only, not contiguous, or of a dtype of ml_dtypes
+            return int(array.__array_interface__["data"][0])  # 0.9 us
+
+    @staticmethod
+    def check(name: str, array: Any) -> None:
+        """Refuse what is no plain array."""
+        if not isinstance(array, np.ndarray):
+            raise SpecTypeError(
+                f"{name} must be a numpy.ndarray as input is, got {shown(array)} of type "
+                f"{type(array).__name__}."
+            )
+        masked = sys.modules.get("numpy.ma")  # only imported by those who use it; 9 ms
+        if masked is not None and isinstance(array, masked.MaskedArray):
+            raise SpecTypeError(
+                f"{name} must be a plain array, got a MaskedArray. Fill it first: {name}.filled(0)."
+            )
+
+    @staticmethod
+    def dtype(array: Any) -> str:
+        """Return the dtype's name, whatever its byte order."""
+        return str(array.dtype.name)
+
+    @staticmethod
+    def channels_first_shape(array: Any, layout: str) -> tuple[int, ...]:
+        """Return the shape as N, C, H, W."""
+        shape = array.shape
+        return (shape[0], shape[3], shape[1], shape[2]) if layout == "NHWC" and len(shape) == 4 else shape
+
+    @staticmethod
+    def is_dense(array: Any, layout: str) -> bool:
+        """Return whether the array is C-contiguous and of the machine's byte order."""
+        return bool(array.flags.c_contiguous and array.dtype.isnative)
+
+    @staticmethod
+    def dense(array: Any, layout: str) -> Any:
+        """Return a C-contiguous aligned array of the machine's byte order."""
+        return np.require(array, array.dtype.newbyteorder("="), ("C", "A"))
+
+    @staticmethod
+    def empty(like: Any, shape: tuple[int, ...], layout: str) -> Any:
+        """Return a new array."""
+        if layout == "NHWC":
+            shape = (shape[0], shape[2], shape[3], shape[1])
+        return np.empty(shape, like.dtype.newbyteorder("="))
+
+    @staticmethod
+    def accumulators(array: Any, dtype: str) -> Any:
+        """Return the array converted."""
+        return np.require(array, dtype, ("C", "A"))
+
+    @staticmethod
+    def mark_written(array: Any) -> None:
+        """Do nothing: NumPy does not count changes."""
+
+
+class TorchArrays:
+    """torch tensors on the CPU."""
+
+    name = "torch.Tensor"
+
+    def __init__(self, torch: Any) -> None:
+        self._torch = torch
+        self._channels_last = torch.channels_last
+
+    @staticmethod
+    def key(*arrays: Any) -> tuple[Hashable, ...]:
+        """Return shapes, strides, dtypes, and what would make the memory not mean the tensor."""
+        return tuple(
+            [None if a is None else (a.shape, a.stride(), a.dtype, a.is_cpu, a.is_neg()) for a in arrays]
+        )
+
+    @staticmethod
+    def pointer(array: Any) -> int:
+        """Return the address of the first element."""
+        return int(array.data_ptr())
+
+    def check(self, name: str, array: Any) -> None:
+        """Refuse what is not a dense tensor with memory on the CPU."""
+        torch = self._torch
+        if not isinstance(array, torch.Tensor):
+            raise SpecTypeError(
+                f"{name} must be a torch.Tensor as input is, got {shown(array)} of type "
+                f"{type(array).__name__}."
+            )
+        if array.device.type != "cpu":
+            raise SpecTypeError(
+                f"{name} is on device {array.device}; this version runs on CPUs. Pass {name}.cpu()."
+            )
+        if array.layout is not torch.strided:
+            raise SpecTypeError(f"{name} has layout {array.layout}; pass {name}.to_dense().")
+        if array.is_quantized:
+            raise SpecTypeError(f"{name} is quantized ({array.dtype}); pass {name}.dequantize().")
+        try:
+            absent = array.numel() > 0 and array.data_ptr() == 0
+        except RuntimeError:
+            absent = True
+        if absent:
+            raise SpecTypeError(
+                f"{name} has no memory of its own (a fake tensor, or one inside torch.func or torch.vmap): "
+                "kernels cannot be called with it."
+            )
+
+    @staticmethod
+    def dtype(array: Any) -> str:
+        """Return the dtype's name."""
+        return str(array.dtype).removeprefix("torch.")
+
+    @staticmethod
+    def channels_first_shape(array: Any, layout: str) -> tuple[int, ...]:
+        """Return the shape, which is N, C, H, W."""
+        return tuple(array.shape)
+
+    def is_dense(self, array: Any, layout: str) -> bool:
+        """Return whether the tensor is contiguous in the memory format of the layout."""
+        if array.is_neg():
+            return False
+        if layout == "NHWC" and array.dim() == 4:
+            return bool(array.is_contiguous(memory_format=self._channels_last))
+        return bool(array.is_contiguous())
+
+    def dense(self, array: Any, layout: str) -> Any:
+        """Return a tensor that is contiguous in the memory format of the layout, and aligned."""
+        array = array.resolve_neg()
+        if layout == "NHWC" and array.dim() == 4:
+            array = array.contiguous(memory_format=self._channels_last)
+        else:
+            array = array.contiguous()
+        return array.clone() if array.data_ptr() % array.element_size() else array
+
+    def empty(self, like: Any, shape: tuple[int, ...], layout: str) -> Any:
+        """Return a new tensor."""
+        if layout == "NHWC":
+            _, channels, height, width = shape
+            strides = (height * width * channels, 1, width * channels, channels)
+            return like.new_empty_strided(shape, strides)
+        return like.new_empty(shape)
+
+    def accumulators(self, array: Any, dtype: str) -> Any:
+        """Return the tensor converted."""
+        return array.detach().to(getattr(self._torch, dtype)).contiguous()
+
+    def bits(self, array: Any) -> np.ndarray:
+        """Return the memory of a contiguous tensor as a flat NumPy array of integers, not copied."""
+        integer = {2: "int16", 4: "int32", 8: "int64"}[array.itemsize]
+        flat: np.ndarray = array.detach().view(getattr(self._torch, integer)).reshape(-1).numpy()
+        return flat
+
+    def refuse_gradients(self, *arrays: Any) -> None:
+        """Raise if autograd would have to record the call.
+
+        Raises
+        ------
+        SpecTypeError
+            If gradients are enabled and a tensor asks for them.
+        """
+        if not self._torch.is_grad_enabled():
+            return
+        for array in arrays:
+            if array is not None and array.requires_grad:
+                raise SpecTypeError(
+                    "a tensor requires gradients, and this version has no backward operators (a later one "
+                    "will): call inside torch.no_grad() or torch.inference_mode(), or detach the tensors."
+                )
+
+    def mark_written(self, array: Any) -> None:
+        """Tell autograd that the values of a tensor have changed."""
+        self._torch.autograd.graph.increment_version(array)
+
+
+_numpy = NumpyArrays()
+_torch: TorchArrays | None = None
+
+
+def arrays_of(array: Any) -> NumpyArrays | TorchArrays:
+    """Return the kind of arrays that an input belongs to.
+
+    Raises
+    ------
+    SpecTypeError
+        If it belongs to none.
+    """
+    global _torch
+    if isinstance(array, np.ndarray):
+        return _numpy
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        if _torch is None:
+            _torch = TorchArrays(torch)
+        return _torch
+    raise SpecTypeError(
+        f"input must be a torch.Tensor or a numpy.ndarray, got {shown(array)} of type "
+        f"{type(array).__name__}. Convert it, for example with numpy.asarray."
+    )

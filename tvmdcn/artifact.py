@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Built kernels on disk: ``kernel.so`` and ``manifest.json``, found by their key.
+
+``<cache>/v<schema>/<target tag>/<operator>-<slug>-<12 hex digits>/``. The key holds contents and versions, no
+times. Nothing here imports the compiler, torch or NumPy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tvmdcn import cache, env, native
+from tvmdcn.cache_key import ABI, SCHEMA, CacheKey
+from tvmdcn.errors import ArtifactError, BuildError, SpecError, SpecTypeError
+from tvmdcn.spec import DeformConv2dSpec
+from tvmdcn.target import TargetInfo, host_features
+
+__all__ = [
+    "Artifact",
+    "CacheKey",
+    "DamagedArtifact",
+    "KernelInterface",
+    "build_once",
+    "find",
+    "nearest",
+]
+
+_log = logging.getLogger(__name__)
+
+LIBRARY, MANIFEST = "kernel.so", "manifest.json"
+_MANIFEST_LIMIT = 4 << 20  # bytes; a schedule's trace takes some tens of thousands
+
+
+@dataclass(frozen=True)
+class KernelInterface:
+    """What a caller must know of a compiled kernel.
+
+    Parameters
+    ----------
+    granule, max_tile_units : int
+        Output pixels come in units of `granule`; a tile has at most `max_tile_units` of them.
+    packed_shape, packed_dtype
+        The packed weight.
+    layout : str
+        NCHW or NHWC.
+    entry, pack : str
+        Names of the two functions.
+    alignment : int
+        Bytes that data pointers must be a multiple of.
+    """
+
+    granule: int
+    max_tile_units: int
+    packed_shape: tuple[int, ...]
+    packed_dtype: str
+    layout: str
+    entry: str = "deform_conv2d"
+    pack: str = "pack_weight"
+    alignment: int = 4
+
+    @classmethod
+    def from_json(cls, data: Any) -> KernelInterface:
+        """Return the interface that a manifest holds.
+
+        Raises
+        ------
+        ArtifactError
+            If a field is missing, unknown, or has a value that it cannot have.
+        """
+        if not isinstance(data, dict) or set(data) != {field.name for field in fields(cls)}:
+            raise ArtifactError("the field kernel has other keys than this version writes.")
+        shape = data["packed_shape"]
+        positive = [data["granule"], data["max_tile_units"], data["alignment"]]
+        positive += shape if isinstance(shape, list) else [None]
+        if not all(type(value) is int and 0 < value < 1 << 31 for value in positive):
+            raise ArtifactError("the field kernel holds a size that is not a positive integer.")
+        if data["packed_dtype"] not in ("float32", "float64") or data["layout"] not in ("NCHW", "NHWC"):
+            raise ArtifactError("the field kernel holds an unknown dtype or layout.")
+        if not all(isinstance(data[name], str) and data[name].isidentifier() for name in ("entry", "pack")):
+            raise ArtifactError("the field kernel holds a function name that is none.")
+        return cls(**{**data, "packed_shape": tuple(shape)})
+
+
+class DamagedArtifact(ArtifactError):  # noqa: N818 - an error, named after what is damaged
+    """The compiled module is not the one that the manifest was written for."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A built kernel on disk.
+
+    Parameters
+    ----------
+    path : Path
+        The directory with ``kernel.so`` and ``manifest.json``.
+    key : CacheKey
+        What it was built from.
+    spec : DeformConv2dSpec
+        What it computes.
+    target : TargetInfo
+        What it runs on.
+    kernel : KernelInterface
+        How it is called.
+    schedule : dict
+        How it came to its schedule: source, decisions in words, trace.
+    created : str
+        When it was built (ISO 8601, UTC).
+    build_seconds : float
+        How long that took.
+    sha256 : str
+        Digest of ``kernel.so``.
+    """
+
+    path: Path
+    key: CacheKey
+    spec: DeformConv2dSpec
+    target: TargetInfo
+    kernel: KernelInterface
+    schedule: Mapping[str, Any]
+    created: str
+    build_seconds: float
+    sha256: str
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Artifact:
+        """Return the artifact in a directory, with its manifest checked; :meth:`load` checks ``kernel.so``.
+
+        Raises
+        ------
+        ArtifactError
+            If there is none, or the manifest is damaged or of another version.
+        """
+        path = Path(path).absolute()
+        try:
+            with open(path / MANIFEST, "rb") as file:
+                text = file.read(_MANIFEST_LIMIT + 1)
+        except OSError as error:
+            raise ArtifactError(f"{path} holds no artifact: {MANIFEST}: {error.strerror}.") from error
+        try:
+            if len(text) > _MANIFEST_LIMIT:
+                raise ArtifactError(f"it is larger than {_MANIFEST_LIMIT} bytes.")
+            return cls._parse(path, json.loads(text))
+        except (ArtifactError, SpecError, SpecTypeError, ValueError, RecursionError) as error:
+            raise ArtifactError(f"{path / MANIFEST} is damaged or of another version: {error}") from error
+
+    @classmethod
+    def _parse(cls, path: Path, data: Any) -> Artifact:
+        expected = {"schema", "key", "target", "kernel", "schedule", "created", "build_seconds", "sha256"}
+        if not isinstance(data, dict) or set(data) != expected:
+            raise ArtifactError(f"it must have the fields {', '.join(sorted(expected))}.")
+        if data["schema"] != SCHEMA:
+            raise ArtifactError(f"its schema is {str(data['schema'])[:20]}, this version reads {SCHEMA}.")
+        key = CacheKey.from_json(data["key"])
+        if key.abi != ABI:
+            raise ArtifactError(f"its kernel has interface {key.abi}, this version calls {ABI}.")
+        seconds = data["build_seconds"]
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+            raise ArtifactError("build_seconds is not a number.")
+        if not isinstance(data["schedule"], dict):
+            raise ArtifactError("schedule is not an object.")
+        if not isinstance(data["created"], str) or not isinstance(data["sha256"], str):
+            raise ArtifactError("created or sha256 is not a string.")
+        spec, target = DeformConv2dSpec.from_json(key.spec), TargetInfo.from_json(data["target"])
+        kernel = KernelInterface.from_json(data["kernel"])
+        if target.identity() != key.target or kernel.layout != spec.layout:
+            raise ArtifactError("its target or layout contradicts its key.")
+        if kernel.packed_dtype != spec.accumulator_dtype:
+            raise ArtifactError("the dtype of its packed weight contradicts its key.")
+        return cls(
+            path, key, spec, target, kernel, data["schedule"], data["created"], float(seconds), data["sha256"]
+        )
+
+    @property
+    def library(self) -> Path:
+        """The path of the compiled module."""
+        return self.path / LIBRARY
+
+    def load(self) -> native.Module:
+        """Load the compiled module, after checking who can have written it, that it is whole and runs here.
+
+        Raises
+        ------
+        ArtifactError
+            If another user can have written it, its digest is not the manifest's, it was built for another
+            processor, or it cannot be loaded.
+        """
+        self._check_host()
+        cache.check_trusted(self.library, self.path)
+        cache.check_trusted(self.path / MANIFEST, self.path)
+        try:
+            with open(self.library, "rb") as file:
+                found = hashlib.sha256(file.read()).hexdigest()
+                read = os.fstat(file.fileno())
+        except OSError as error:
+            raise DamagedArtifact(
+                f"{self.library} cannot be read: {error.strerror}. Delete {self.path}."
+            ) from error
+        if found != self.sha256:
+            raise DamagedArtifact(
+                f"{self.library} is not the file its manifest was written for (sha256 {found[:12]}..., "
+                f"expected {self.sha256[:12]}...): it is damaged. Delete {self.path}."
+            )
+        module = native.load_module(self.library)
+        # What was loaded must be what was checked: a rebuild may have come between.
+        try:
+            loaded = self.library.stat()
+        except OSError:
+            loaded = None
+        if loaded is None or (loaded.st_dev, loaded.st_ino) != (read.st_dev, read.st_ino):
+            raise DamagedArtifact(f"{self.library} was replaced while it was loaded. Load again.")
+        return module
+
+    def discard(self) -> None:
+        """Take the artifact out of the cache: without its manifest it is none."""
+        (self.path / MANIFEST).unlink(missing_ok=True)
+
+    def _check_host(self) -> None:
+        features = host_features()
+        missing = sorted(self.target.features - features)
+        if features and missing:
+            raise ArtifactError(
+                f"{self.path} was built for {self.target.tag} and needs {', '.join(missing)}, which this "
+                "machine lacks: it would end in an illegal instruction. Build for this machine ('llvm')."
+            )
+
+
+def find(key: CacheKey, cache_dir: Path | None = None) -> Artifact | None:
+    """Return the artifact with a key, None if there is none or what is there is damaged.
+
+    Raises
+    ------
+    ArtifactError
+        If the cache directory is not to be trusted.
+    """
+    root = cache_dir or env.cache_dir()
+    path = key.path(root)
+    if not (path / MANIFEST).is_file():
+        return None
+    cache.check_trusted(path, root)
+    try:
+        artifact = Artifact.read(path)
+    except ArtifactError as error:
+        _log.warning("%s It is taken for missing.", error)
+        return None
+    return artifact if artifact.key == key else None
+
+
+def artifacts(cache_dir: Path | None = None) -> Iterator[Artifact]:
+    """Iterate over the artifacts in a cache directory that can be read, newest last."""
+    root = cache_dir or env.cache_dir()
+    found = []
+    for manifest in (root / f"v{SCHEMA}").glob(f"*/[!.]*/{MANIFEST}"):
+        try:
+            cache.check_trusted(manifest, root)
+            found.append(Artifact.read(manifest.parent))
+        except ArtifactError as error:
+            _log.debug("passed over: %s", error)
+    return iter(sorted(found, key=lambda artifact: artifact.created))
+
+
+def nearest(key: CacheKey, cache_dir: Path | None = None) -> tuple[Artifact, list[str]] | None:
+    """Return the artifact that differs least from a key, the newest of those, with the differences."""
+    rows = [(artifact, key.explain_difference(artifact.key)) for artifact in artifacts(cache_dir)]
+    return min(reversed(rows), key=lambda row: len(row[1]), default=None)
+
+
+def build_once(
+    key: CacheKey,
+    target: TargetInfo,
+    make: Callable[[Path], tuple[KernelInterface, Mapping[str, Any]]],
+    cache_dir: Path | None = None,
+    rebuild: bool = False,
+) -> Artifact:
+    """Return the artifact with a key, building it unless another process or thread just has.
+
+    Parameters
+    ----------
+    key : CacheKey
+        What is wanted.
+    target : TargetInfo
+        The target in full, for the manifest.
+    make : callable
+        Writes ``kernel.so`` into the directory that it is given; returns how the kernel is called, and how it
+        came to its schedule (JSON).
+    cache_dir : Path, optional
+        TVMDCN_CACHE_DIR by default.
+    rebuild : bool
+        Build even if it is there.
+
+    Raises
+    ------
+    ArtifactError
+        If the cache directory cannot be used, or another process does not finish in time.
+    BuildError
+        If `make` writes no library. What `make` raises is passed on, and nothing is left behind.
+    """
+    root = cache_dir or env.cache_dir()
+    path = key.path(root)
+    cache.make_private(path.parent, root)
+    with cache.lock(path):
+        found = None if rebuild else find(key, root)
+        if found is not None:
+            return found
+        with cache.staging(path) as directory:
+            start = time.perf_counter()
+            kernel, schedule = make(directory)
+            seconds = time.perf_counter() - start
+            library = directory / LIBRARY
+            if not library.is_file():
+                raise BuildError(f"the build of {path.name} wrote no {LIBRARY}.")
+            library.chmod(0o700)
+            manifest = {
+                "schema": SCHEMA,
+                "key": key.to_json(),
+                "target": target.to_json(),
+                "kernel": asdict(kernel),
+                "schedule": dict(schedule),
+                "created": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+                "build_seconds": round(seconds, 3),
+                "sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
+            }
+            # The manifest is the commit marker, so it comes last; sorting keeps two of them comparable.
+            (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            (directory / MANIFEST).chmod(0o600)
+            for leftover in directory.iterdir():
+                if leftover.name not in (LIBRARY, MANIFEST):
+                    leftover.unlink()
+            cache.commit(directory, path)
+        _log.info("built %s in %.1f s (schedule: %s), kept in %s", path.name, seconds, key.schedule, path)
+        return Artifact.read(path)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key of an artifact: every ingredient by name, contents and versions, no times.
+
+It can be computed, and so an artifact be found, without the compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tvmdcn import env
+from tvmdcn.errors import ArtifactError, SpecError
+from tvmdcn.spec import DeformConv2dSpec
+from tvmdcn.target import TargetInfo
+
+__all__ = ["ABI", "SCHEDULES", "SCHEMA", "CacheKey", "records_digest", "source_digest"]
+
+# Raise with the manifest's format; artifacts of another schema lie in another directory.
+SCHEMA = 1
+# Raise with the signature or the meaning of the compiled functions (see tvmdcn.runtime).
+ABI = 1
+SCHEDULES = ("tuned", "default", "naive", "decisions")
+
+
+@functools.lru_cache(maxsize=1)
+def _versions() -> tuple[str, str]:
+    """Return the versions of apache-tvm and apache-tvm-ffi, without importing either."""
+    from importlib import metadata  # 30 ms
+
+    try:
+        return metadata.version("apache-tvm"), metadata.version("apache-tvm-ffi")
+    except metadata.PackageNotFoundError as error:
+        raise ArtifactError(
+            f"{error.name} is not installed. pip install tvmdcn installs the pinned one."
+        ) from error
+
+
+def _digest(files: list[tuple[str, bytes]]) -> str:
+    state = hashlib.sha256()
+    for name, content in files:
+        state.update(f"{name}\0{len(content)}\0".encode())
+        state.update(content)
+    return state.hexdigest()
+
+
+def _package_directory(name: str) -> Path:
+    """Return the directory of ``tvmdcn.<name>``, which stands beside the package in a checkout."""
+    spec = importlib.util.find_spec(f"tvmdcn.{name}")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    return Path(__file__).parent.parent / name
+
+
+@functools.lru_cache(maxsize=1)
+def source_digest() -> str:
+    """Return the digest of the code that generates kernels: ``te/``, ``schedules/`` and what builds them."""
+    here = Path(__file__).parent
+    files = [here / "builder.py", here / "space.py", *sorted((here / "te").rglob("*.py"))]
+    named = [(str(path.relative_to(here)), path) for path in files if path.is_file()]
+    schedules = _package_directory("schedules")
+    named += [(f"schedules/{path.relative_to(schedules)}", path) for path in sorted(schedules.rglob("*.py"))]
+    return _digest([(name, path.read_bytes()) for name, path in named])
+
+
+def records_digest(tag: str) -> str:
+    """Return the digest of the tuning records of a target tag, those of TVMDCN_RECORDS included."""
+    roots = [env.records_dir(), _package_directory("tuning_logs")]
+    files = [path for root in roots if root is not None for path in sorted((root / tag).glob("*.json"))]
+    return _digest([(path.name, path.read_bytes()) for path in files])
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """All that decides what an artifact is; two artifacts with one key are interchangeable.
+
+    Parameters
+    ----------
+    operator : str
+        Name of the operator.
+    spec, target : mapping
+        The specification as JSON, and :meth:`TargetInfo.identity`.
+    schedule : str
+        "tuned", "default", "naive" or "decisions".
+    decisions : str
+        For "decisions": the digest of the decisions given; else empty.
+    records : str
+        For "tuned": the digest of the target's tuning records; else empty.
+    source : str
+        The digest of the code that generates kernels.
+    tvm, tvm_ffi : str
+        Versions of apache-tvm and apache-tvm-ffi.
+    abi, schema : int
+        Versions of the compiled functions' interface and of the manifest.
+    """
+
+    operator: str
+    spec: Mapping[str, Any]
+    target: Mapping[str, Any]
+    schedule: str
+    decisions: str
+    records: str
+    source: str
+    tvm: str
+    tvm_ffi: str
+    abi: int = ABI
+    schema: int = SCHEMA
+
+    @classmethod
+    def of(cls, spec: DeformConv2dSpec, target: TargetInfo, schedule: str, decisions: str = "") -> CacheKey:
+        """Return the key of the artifact that this installation would build now.
+
+        Raises
+        ------
+        SpecError
+            If `schedule` is none of the four.
+        """
+        if schedule not in SCHEDULES:
+            raise SpecError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
+        tvm, tvm_ffi = _versions()
+        return cls(
+            operator=spec.operator,
+            spec=spec.to_json(),
+            target=target.identity(),
+            schedule=schedule,
+            decisions=decisions,
+            records=records_digest(target.tag) if schedule == "tuned" else "",
+            source=source_digest(),
+            tvm=tvm,
+            tvm_ffi=tvm_ffi,
+        )
+
+    @classmethod
+    def from_json(cls, data: Any) -> CacheKey:
+        """Return the key that :meth:`to_json` wrote.
+
+        Raises
+        ------
+        ArtifactError
+            If a field is missing, unknown, or of another type.
+        """
+        types = {"spec": dict, "target": dict, "abi": int, "schema": int}
+        names = {field.name for field in fields(cls)}
+        if not isinstance(data, dict) or set(data) != names:
+            raise ArtifactError(f"the key must have the fields {', '.join(sorted(names))}.")
+        for name, value in data.items():
+            if type(value) is not types.get(name, str):
+                raise ArtifactError(f"the key's field {name} is {str(value)[:80]!r}.")
+        return cls(**data)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the key as a dict of JSON types."""
+        return asdict(self)
+
+    def digest(self) -> str:
+        """Return 12 hexadecimal digits that stand for the key in names."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def path(self, cache_dir: Path) -> Path:
+        """Return the artifact's directory in a cache directory."""
+        spec = DeformConv2dSpec.from_json(self.spec)
+        name = f"{self.operator}-{spec.slug}-{self.digest()}"
+        return tag_directory(cache_dir, TargetInfo.tag_of(self.target)) / name
+
+    def explain_difference(self, other: CacheKey) -> list[str]:
+        """Return one line per ingredient in which `other` differs from this key, both values in it."""
+        lines = []
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+                lines += [
+                    f"{field.name}.{name}: {theirs.get(name)!r}, wanted {mine.get(name)!r}"
+                    for name in sorted({*mine, *theirs})
+                    if mine.get(name) != theirs.get(name)
+                ]
+            elif mine != theirs:
+                lines.append(f"{field.name}: {_short(theirs)}, wanted {_short(mine)}")
+        return lines
+
+
+def _short(value: Any) -> str:
+    """Return a value for a message; of a digest only the beginning."""
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 else repr(value)
+
+
+def tag_directory(cache_dir: Path, tag: str) -> Path:
+    """Return the directory of a target's artifacts."""
+    return cache_dir / f"v{SCHEMA}" / tag

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``tvmdcn``: one subcommand per stage of the pipeline, each imported only when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import time
+from importlib import metadata
+
+import click
+
+from tvmdcn.errors import TvmdcnError
+
+__all__ = ["main"]
+
+# Subcommand: the click command that does the work, and its line in `tvmdcn --help`, which must stay fast.
+_COMMANDS = {
+    "tune": (
+        "tvmdcn.tuner:tune_command",
+        "Search the best schedule of a layer for this machine, and keep it.",
+    ),
+    "build": ("tvmdcn.cli:build_command", "Compile a layer to an artifact that loads without the compiler."),
+    "benchmark": ("tvmdcn.bench:benchmark_command", "Measure layers beside other libraries."),
+    "report": ("tvmdcn.report:report_command", "Make a page and tables of measurements and tuning records."),
+    "info": ("tvmdcn.cli:info_command", "Show versions, this machine's target and the settings in force."),
+}
+# Whose versions decide what is built and measured.
+_VERSIONS = ("tvmdcn", "apache-tvm", "apache-tvm-ffi", "numpy", "torch", "onnxruntime", "openvino")
+# Settings, and the function of tvmdcn.env that reads each.
+_SETTINGS = {
+    "TVMDCN_CACHE_DIR": "cache_dir",
+    "TVMDCN_BUILD": "build_mode",
+    "TVMDCN_NUM_THREADS": "num_threads",
+    "TVMDCN_RECORDS": "records_dir",
+    "TVMDCN_LOCK_TIMEOUT": "lock_timeout",
+    "TVMDCN_TARGET": "target",
+}
+
+
+class _LazyGroup(click.Group):
+    """A group that knows its subcommands by name, and imports the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names, in the order of the pipeline."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a subcommand, or None for an unknown name."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module, name = _COMMANDS[cmd_name][0].split(":")
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of subcommands from the table, importing none of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a subcommand; report our own errors as a message, not as a traceback."""
+        try:
+            return super().invoke(ctx)
+        except TvmdcnError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tvmdcn")
+def main() -> None:
+    """Deformable convolutions as tuned native kernels: describe a layer, tune, build, call, compare."""
+
+
+@click.command("build")
+@click.option(
+    "--problem", "problems", multiple=True, required=True, help="A named problem, or N,Cin,H,W,Cout,..."
+)
+@click.option("--target", help="LLVM processor name. Default: this machine.")
+@click.option(
+    "--schedule", type=click.Choice(["tuned", "default", "naive"]), default="tuned", show_default=True
+)
+def build_command(problems: tuple[str, ...], target: str | None, schedule: str) -> None:
+    """Compile layers to artifacts in the cache, and print where they are."""
+    from tvmdcn.problems import parse_problem
+
+    found = [
+        parse_problem(text) for text in problems
+    ]  # a slip of the keyboard is told before TVM is imported
+    from tvmdcn.builder import build
+
+    for problem in found:
+        started = time.perf_counter()
+        artifact = build(problem.spec, target, schedule)
+        click.echo(f"{problem.name}: {artifact.path} ({time.perf_counter() - started:.1f} s)")
+
+
+@click.command("info")
+def info_command() -> None:
+    """Show versions, this machine's target and the settings in force."""
+    from tvmdcn import env
+    from tvmdcn.target import detect_target
+
+    click.echo(f"python {platform.python_version()} on {platform.platform()}")
+    for name in _VERSIONS:
+        try:
+            click.echo(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            click.echo(f"{name} is not installed")
+    target = detect_target()
+    click.echo(f"target {target.tag}: {target.vector_bits}-bit vectors, {target.cores} cores")
+    for name, read in _SETTINGS.items():
+        value = getattr(env, read)()
+        click.echo(f"{name} = {'not set' if value is None else value}  ({env.SETTINGS[name].doc})")
+    for name, meant in env.unknown_names().items():
+        hint = f"; did you mean {meant}?" if meant else ""
+        click.echo(f"warning: {name} is set, and is no setting of tvmdcn{hint}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings from the environment; no other module reads it.
+
+Every variable is read when it is asked for, so a change takes effect at once. An empty variable counts as
+unset. A value that cannot be understood raises :class:`~tvmdcn.errors.SettingError`: it is never guessed at
+or ignored. :data:`SETTINGS` is the table of all there are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tvmdcn.errors import SettingError
+
+__all__ = [
+    "SETTINGS",
+    "Setting",
+    "build_mode",
+    "cache_dir",
+    "lock_timeout",
+    "num_threads",
+    "records_dir",
+    "target",
+    "unknown_names",
+]
+
+BUILD_MODES = ("auto", "never", "rebuild")
+# Far above any machine's cores: a slip of the keyboard must not start a million threads.
+MAX_THREADS = 4096
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One environment variable: its name, what it may hold, what holds when it is unset, what it does."""
+
+    name: str
+    kind: str
+    default: str
+    doc: str
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting(
+            "TVMDCN_CACHE_DIR",
+            "directory",
+            "the user's cache directory for tvmdcn",
+            "Where built kernels are kept.",
+        ),
+        Setting(
+            "TVMDCN_BUILD",
+            "auto, never or rebuild",
+            "auto",
+            "Whether a kernel that is not in the cache is built (auto), is an error (never, for production), "
+            "or is built anew even if it is there (rebuild).",
+        ),
+        Setting(
+            "TVMDCN_NUM_THREADS",
+            f"integer from 1 to {MAX_THREADS}",
+            "torch's number if torch is loaded, else the processors this process may use",
+            "Threads that a kernel runs on.",
+        ),
+        Setting(
+            "TVMDCN_RECORDS",
+            "directory",
+            "none",
+            "More tuning records, looked up before those that the package ships.",
+        ),
+        Setting(
+            "TVMDCN_LOCK_TIMEOUT",
+            "seconds, 0 or more",
+            "600",
+            "How long to wait for another process that is building the same kernel.",
+        ),
+        Setting(
+            "TVMDCN_TARGET",
+            "target, for example llvm-x86-64-v3",
+            "this machine",
+            "What to build for instead of the machine at hand.",
+        ),
+    )
+}
+
+
+def _text(name: str) -> str | None:
+    """Return the value of a variable of the table, None where it is unset or empty."""
+    return os.environ.get(SETTINGS[name].name) or None
+
+
+def _refusal(name: str, value: str) -> SettingError:
+    setting = SETTINGS[name]
+    return SettingError(
+        f"{name}={value!r} is not understood: it must be {setting.kind}. "
+        f"Correct it, or unset it for the default ({setting.default})."
+    )
+
+
+def _directory(name: str) -> Path | None:
+    value = _text(name)
+    if value is None:
+        return None
+    try:
+        path = Path(value).expanduser().absolute()
+    except RuntimeError as error:  # ~name of a user who is not there
+        raise _refusal(name, value) from error
+    if path.exists() and not path.is_dir():
+        raise SettingError(f"{name}={value!r} is not a directory. Name a directory, or one that can be made.")
+    return path
+
+
+def cache_dir() -> Path:
+    """Return the directory of built kernels, TVMDCN_CACHE_DIR, as an absolute path; it may not exist yet.
+
+    Raises
+    ------
+    SettingError
+        If it names something that is not a directory.
+    """
+    path = _directory("TVMDCN_CACHE_DIR")
+    if path is None:
+        import platformdirs  # only the default needs it, and imports must stay cheap
+
+        path = Path(platformdirs.user_cache_dir("tvmdcn", appauthor=False))
+    return path
+
+
+def build_mode() -> str:
+    """Return TVMDCN_BUILD: auto, never or rebuild.
+
+    Raises
+    ------
+    SettingError
+        If it is anything else.
+    """
+    value = _text("TVMDCN_BUILD")
+    if value is None:
+        return "auto"
+    if value not in BUILD_MODES:
+        raise _refusal("TVMDCN_BUILD", value)
+    return value
+
+
+def num_threads() -> int | None:
+    """Return TVMDCN_NUM_THREADS, None where it is unset.
+
+    Raises
+    ------
+    SettingError
+        If it is not an integer from 1 to 4096.
+    """
+    value = _text("TVMDCN_NUM_THREADS")
+    if value is None:
+        return None
+    # int() would also take '1_000' and ' 4 '.
+    if not (value.isascii() and value.isdecimal() and 1 <= int(value) <= MAX_THREADS):
+        raise _refusal("TVMDCN_NUM_THREADS", value)
+    return int(value)
+
+
+def records_dir() -> Path | None:
+    """Return TVMDCN_RECORDS as an absolute path, None where it is unset.
+
+    Raises
+    ------
+    SettingError
+        If there is no such directory.
+    """
+    path = _directory("TVMDCN_RECORDS")
+    if path is not None and not path.is_dir():
+        raise SettingError(
+            f"TVMDCN_RECORDS={str(path)!r} does not exist. Name a directory of tuning records, or unset it."
+        )
+    return path
+
+
+def lock_timeout() -> float:
+    """Return TVMDCN_LOCK_TIMEOUT in seconds.
+
+    Raises
+    ------
+    SettingError
+        If it is not a number of 0 or more.
+    """
+    value = _text("TVMDCN_LOCK_TIMEOUT")
+    if value is None:
+        return 600.0
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise _refusal("TVMDCN_LOCK_TIMEOUT", value)
+    return seconds
+
+
+def target() -> str | None:
+    """Return TVMDCN_TARGET, None where it is unset; :mod:`tvmdcn.target` says what it may be."""
+    return _text("TVMDCN_TARGET")
+
+
+def unknown_names(environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
+    """Return the variables TVMDCN_... that are none of ours, each with the one that may be meant.
+
+    For a command to warn of: a misspelt name is otherwise ignored without a word.
+    """
+    names = sorted(os.environ if environ is None else environ)
+    return {
+        name: next(iter(difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8)), None)
+        for name in names
+        if name.startswith("TVMDCN_") and name not in SETTINGS
+    }

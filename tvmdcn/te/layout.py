@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages that change the layout, written as TIR: into channels-last, and from the product to the output.
+
+Both are transpositions, done in registers by a network of shuffles on square blocks. Written as a TE expression they
+would be strided loads, one scalar at a time, which costs about 5 % of a whole layer; and an output with a free number
+of pixels could not be fused into the tile (the schedule cannot invert the division by a free tile size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Range, TensorRegion
+from tvm.s_tir.stmt import SBlock, SBlockRealize
+
+__all__ = ["TOKEN", "Epilogue", "block_nest", "declare_reads", "pixel_strips", "store_tile", "to_channels_last", "transpose_into"]
+
+Expr = Any
+
+TOKEN = (0, 1)
+"""Region in which the image's stage and its reader are said to meet.
+
+The schedule proves that a stage writes what the next reads; of a gather from an image of free size it cannot, and need
+not: ``x_nhwc`` stays a stage of its own before the tiles. So both sides declare one element, which keeps their order.
+"""
+
+
+def block_nest(
+    name: str,
+    extents: Sequence[tuple[str, Expr]],
+    reads: Callable[..., list[TensorRegion]],
+    writes: Callable[..., list[TensorRegion]],
+    body: Callable[..., tirx.Stmt],
+) -> tirx.Stmt:
+    """Return loops over `extents` around one data-parallel block whose `body` is opaque to the schedule."""
+    loops = [tirx.Var(label, "int32") for label, _ in extents]
+    axes = [
+        tirx.IterVar(Range(0, extent), tirx.Var("v_" + label, "int32"), tirx.IterVar.DataPar)
+        for label, extent in extents
+    ]
+    at = [axis.var for axis in axes]
+    nest: tirx.Stmt = SBlockRealize(loops, True, SBlock(axes, reads(*at), writes(*at), name, body(*at)))
+    for loop, (_, extent) in reversed(list(zip(loops, extents))):
+        nest = serial(loop, extent, nest)
+    return nest
+
+
+def serial(var: tirx.Var, extent: Expr, body: tirx.Stmt) -> tirx.Stmt:
+    """Return a plain loop from 0."""
+    return tirx.For(var, 0, extent, tirx.ForKind.SERIAL, body)
+
+
+def region(buffer: tirx.Buffer, *bounds: Expr | tuple[Expr, Expr]) -> TensorRegion:
+    """Return a region; a bound is an index, or a pair (begin, extent)."""
+    return tirx.BufferRegion(
+        buffer, [Range.from_min_extent(*b) if isinstance(b, tuple) else Range.from_min_extent(b, 1) for b in bounds]
+    )
+
+
+def declare_reads(stmt: tirx.Stmt, block: str, source: tirx.Buffer, bounds: Sequence[tuple[Expr, Expr]]) -> tirx.Stmt:
+    """Return `stmt` with the region that `block` reads from `source` replaced.
+
+    `bounds` is (begin, extent) for each axis of `source`. See `TOKEN` for why a gather does not describe itself.
+    """
+    if isinstance(stmt, tirx.SeqStmt):
+        return tirx.SeqStmt([declare_reads(s, block, source, bounds) for s in stmt])
+    if isinstance(stmt, tirx.For):
+        body = declare_reads(stmt.body, block, source, bounds)
+        return tirx.For(stmt.loop_var, stmt.min, stmt.extent, stmt.kind, body)
+    inner = stmt.block
+    if inner.name_hint != block:
+        return stmt
+    reads = [r for r in inner.reads if not r.source.same_as(source)] + [region(source, *bounds)]
+    declared = SBlock(inner.iter_vars, reads, inner.writes, block, inner.body, inner.init, inner.alloc_buffers)
+    return SBlockRealize(stmt.iter_values, stmt.predicate, declared)
+
+
+def vector_dtype(dtype: str, lanes: int) -> str:
+    """Return the TIR name of a vector type."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def lanes_at(first: Expr, count: int) -> Expr:
+    """Return the index of `count` consecutive elements."""
+    return first if count == 1 else tirx.Ramp(first, tirx.const(1, "int32"), count)
+
+
+def cast_vector(value: Expr, source: str, target: str, lanes: int) -> Expr:
+    """Convert a vector, where needed."""
+    return value if source == target else tirx.Cast(vector_dtype(target, lanes), value)
+
+
+def transpose_into(
+    rows: Sequence[Expr], dtype: str, emit: Callable[[int, Expr], tirx.Stmt], name: str = "r"
+) -> list[tirx.Stmt]:
+    """Transpose a square block held in vectors.
+
+    Parameters
+    ----------
+    rows : sequence of expressions
+        ``S`` vectors of ``S`` lanes, S a power of two.
+    dtype : str
+        Element type.
+    emit : callable
+        ``emit(j, vector)`` is the statement that consumes column ``j``.
+
+    Returns
+    -------
+    list of tirx.Stmt
+        ``S * log2(S)`` shuffles between the loads and the consumers: 64 for 16 x 16, a quarter of one per element.
+    """
+    size = len(rows)
+    statements: list[tirx.Stmt] = []
+
+    def bind(stage: int, row: int, value: Expr) -> tirx.Var:
+        var = tirx.Var(f"{name}_{stage}_{row}", vector_dtype(dtype, size))
+        statements.append(tirx.Bind(var, value))
+        return var
+
+    current = [bind(0, i, row) for i, row in enumerate(rows)]
+    distance = size // 2
+    while distance:
+        following = list(current)
+        for low in range(size):
+            if low & distance:
+                continue
+            high = low + distance
+            pair = [current[low], current[high]]
+            keep = [c if not c & distance else size + c - distance for c in range(size)]
+            cross = [c + distance if not c & distance else size + c for c in range(size)]
+            following[low] = bind(distance, low, tirx.Shuffle(pair, keep))
+            following[high] = bind(distance, high, tirx.Shuffle(pair, cross))
+        current = following
+        distance //= 2
+    return statements + [emit(j, column) for j, column in enumerate(current)]
+
+
+def pixel_strips(count: int, lanes: int) -> list[tuple[int, int]]:
+    """Split `count` pixels into (first, size) strips of powers of two, none longer than `lanes`."""
+    strips, first = [], 0
+    size = lanes
+    while first < count:
+        while size > count - first:
+            size //= 2
+        strips.append((first, size))
+        first += size
+    return strips
+
+
+def to_channels_last(x: tirx.Buffer, image: tirx.Buffer, channels: int, dtype: str, lanes: int) -> tirx.Stmt:
+    """Return the stage ``x_nhwc``: ``image[n, p*channels + c] = x[n, c, p]``, and a pixel of zeros behind the last.
+
+    Square blocks; the last block of a row or column overlaps its neighbour.
+    """
+    batch, _, size = x.shape
+    side = lanes
+    while side > channels:
+        side //= 2
+
+    def body(n: Expr, pb: Expr) -> tirx.Stmt:
+        cb = tirx.Var("cb", "int32")
+        c0 = cb * side if channels % side == 0 else tirx.min(cb * side, channels - side)
+        p0 = tirx.min(pb * side, size - side)
+        rows = [tirx.BufferLoad(x, [n, c0 + r, lanes_at(p0, side)]) for r in range(side)]
+        blocks = transpose_into(
+            rows,
+            dtype,
+            lambda j, v: tirx.BufferStore(image, v, [n, lanes_at((p0 + j) * channels + c0, side)]),
+            name="x",
+        )
+        p, c = tirx.Var("p", "int32"), tirx.Var("c", "int32")
+        plain = tirx.BufferStore(image, tirx.BufferLoad(x, [n, c, p]), [n, p * channels + c])
+        z = tirx.Var("z", "int32")
+        zeros = tirx.BufferStore(image, tirx.const(0.0, dtype), [n, size * channels + z])
+        return tirx.SeqStmt(
+            [
+                tirx.IfThenElse(
+                    size >= side,
+                    serial(cb, -(-channels // side), tirx.SeqStmt(blocks)),
+                    serial(p, size, serial(c, channels, plain)),
+                ),
+                tirx.IfThenElse(pb == 0, serial(z, channels, zeros), None),
+            ]
+        )
+
+    return block_nest(
+        "x_nhwc",
+        [("n", batch), ("p", (size + side - 1) // side)],
+        lambda n, p: [region(x, n, (0, channels), (0, size))],
+        lambda n, p: [region(image, n, TOKEN)],
+        body,
+    )
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What the last stage connects.
+
+    Attributes
+    ----------
+    product : Buffer ``[groups, blocks, tasks, tile_units, granule, lanes]``
+    bias : Buffer ``[Cout]``
+    out : Buffer ``[N, Cout, P]`` if `nchw`, else ``[N, P, Cout]``
+    tiles : expression
+        Tiles in an image.
+    channels : int
+        Output channels of a group; the last block may be partly padding.
+    first_pixel : callable
+        ``first_pixel(task, unit)``, the output pixel at which a unit begins.
+    nchw : bool
+    """
+
+    product: tirx.Buffer
+    bias: tirx.Buffer
+    out: tirx.Buffer
+    tiles: Expr
+    channels: int
+    first_pixel: Callable[[Expr, Expr], Expr]
+    nchw: bool
+
+
+def store_tile(stage: Epilogue, granule: int, acc: str, dtype: str) -> tirx.Stmt:
+    """Return the stage ``output``: bias, conversion and layout of one unit of pixels times one block of channels."""
+    product, bias, out, channels = stage.product, stage.bias, stage.out, stage.channels
+    groups, blocks, tasks, tile_units, _, lanes_expr = product.shape
+    lanes = int(lanes_expr)
+    whole = channels % lanes == 0
+
+    def body(g: Expr, b: Expr, t: Expr, u: Expr, *_: Expr) -> tirx.Stmt:
+        n, first, channel = t // stage.tiles, stage.first_pixel(t, u), g * channels + b * lanes
+
+        def load(i: Expr, v: Expr) -> Expr:
+            return tirx.BufferLoad(product, [g, b, t, u, i, v])
+
+        def store(c: Expr, p: Expr, value: Expr, width: int) -> tirx.Stmt:
+            value = cast_vector(value, acc, dtype, width)
+            return tirx.BufferStore(out, value, [n, c, p] if stage.nchw else [n, p, c])
+
+        def guard(v: Expr, stmt: tirx.Stmt) -> tirx.Stmt:
+            return stmt if whole else tirx.IfThenElse(b * lanes + v < channels, stmt, None)
+
+        def planar(start: int, side: int, v0: int) -> list[tirx.Stmt]:
+            def emit(j: int, column: Expr) -> tirx.Stmt:
+                c = channel + v0 + j
+                add = tirx.BufferLoad(bias, [c])
+                value = column + (add if side == 1 else tirx.Broadcast(add, side))
+                return guard(v0 + j, store(c, lanes_at(first + start, side), value, side))
+
+            rows = [load(start + i, lanes_at(v0, side)) for i in range(side)]
+            return transpose_into(rows, acc, emit, name=f"o{start}_{v0}")
+
+        if stage.nchw:
+            strips = pixel_strips(granule, lanes)
+            return tirx.SeqStmt([s for first_, side in strips for v0 in range(0, lanes, side)
+                                 for s in planar(first_, side, v0)])
+        i, v = tirx.Var("i", "int32"), tirx.Var("v", "int32")
+        if whole:
+            value = load(i, lanes_at(0, lanes)) + tirx.BufferLoad(bias, [lanes_at(channel, lanes)])
+            return serial(i, granule, store(lanes_at(channel, lanes), first + i, value, lanes))
+        one = store(channel + v, first + i, load(i, v) + tirx.BufferLoad(bias, [channel + v]), 1)
+        return serial(i, granule, serial(v, lanes, guard(v, one)))
+
+    def writes(g: Expr, b: Expr, t: Expr, u: Expr, *_: Expr) -> list[TensorRegion]:
+        c = (g * channels + b * lanes, lanes if whole else 1)
+        n, p = t // stage.tiles, (stage.first_pixel(t, u), granule)
+        return [region(out, n, c, p) if stage.nchw else region(out, n, p, c)]
+
+    return block_nest(
+        "output",
+        # Axes of extent 1, because the schedule matches each axis of the product with a variable.
+        [("g", groups), ("b", blocks), ("t", tasks), ("u", tile_units), ("i", 1), ("v", 1)],
+        lambda g, b, t, u, i, v: [
+            region(product, g, b, t, u, (i * granule, granule), (v * lanes, lanes)),
+            region(bias, (g * channels + b * lanes, lanes)),
+        ],
+        writes,
+        body,
+    )

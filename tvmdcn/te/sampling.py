@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling at fractional places: the only code that knows the border rule.
+
+A *sampling plan* says, for each (offset group, tap, pixel), which ``2**d`` image corners are read and with which
+weights. It does not depend on the channel, so it is computed once and shared by all channels of an offset group.
+
+Rule A (that of torchvision, mmcv, ONNX): a sample is 0 where its coordinate is ``<= -1`` or ``>= extent`` on any
+axis; elsewhere it is the multilinear interpolation in which a corner outside the image is worth 0. NaN and infinite
+coordinates fall under the first case, and nothing is ever read out of bounds.
+
+Written for any number of spatial axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from tvm import te, tirx
+
+__all__ = ["Plan", "interpolate", "plan_blocks", "sampling_plan"]
+
+Expr = Any
+"""A TIR expression."""
+
+_OUTSIDE = -(1 << 30)
+"""Index of a place outside on one axis. Negative also after an index on another axis is added to it."""
+
+
+def plan_blocks(ndim: int) -> list[str]:
+    """Return the names of the plan's blocks, consumers before producers."""
+    corners = ["".join(map(str, bits)) for bits in product((0, 1), repeat=ndim)]
+    axes = range(ndim)
+    return (
+        [f"index_{c}" for c in corners]
+        + [f"weight_{c}" for c in corners]
+        + [f"{side}_{axis}" for axis in axes for side in ("low", "high", "fraction")]
+        + [f"position_{axis}" for axis in axes]
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sampling plan as TE tensors over ``(offset group, tap, *pixel axes)``.
+
+    Attributes
+    ----------
+    indices : tuple of te.Tensor, int32
+        One per corner: where the corner's channels begin in the flat image.
+    weights : tuple of te.Tensor
+        One per corner: the interpolation weight times the modulation mask.
+    dtype : str
+        Type of the weights.
+    zero_pixel : bool
+        Whether corners outside are redirected to a pixel of zeros. Otherwise their index is negative.
+    """
+
+    indices: tuple[te.Tensor, ...]
+    weights: tuple[te.Tensor, ...]
+    dtype: str
+    zero_pixel: bool
+
+
+def sampling_plan(
+    shape: Sequence[Expr],
+    position: Callable[..., Expr],
+    extents: Sequence[Expr],
+    pitch: int,
+    dtype: str,
+    modulation: Callable[..., Expr] | None = None,
+    zero_pixel: Expr | None = None,
+) -> Plan:
+    """Describe which corners each sample reads, and with which weights.
+
+    Parameters
+    ----------
+    shape : sequence of int or tirx.Var
+        ``(offset groups, taps, *pixel axes)``.
+    position : callable
+        ``position(axis, *index)`` is the fractional coordinate of a sample on a spatial axis, in `dtype`.
+    extents : sequence of int or tirx.Var
+        Size of the image on each spatial axis.
+    pitch : int
+        Elements between two pixels of the image (its channels).
+    dtype : {"float32", "float64"}
+        Type of coordinates and weights.
+    modulation : callable, optional
+        ``modulation(*index)``, the mask of DCNv2 in `dtype`. Absent: ones (DCNv1).
+    zero_pixel : expression, optional
+        Number of a pixel that holds zeros, where the image has one.
+
+    Returns
+    -------
+    Plan
+        Its blocks are named by `plan_blocks`.
+    """
+    one, outside = tirx.const(1.0, dtype), tirx.const(_OUTSIDE, "int32")
+    axes = range(len(extents))
+
+    def stage(name: str, value: Callable[..., Expr]) -> te.Tensor:
+        return te.compute(shape, value, name=name)
+
+    def within(axis: int) -> Callable[..., Expr]:
+        # A place worth 0 becomes `extent`, whose low and high corners are both outside. A NaN fails the comparison, and
+        # the conversion to an integer below sees nothing but [-1, extent].
+        far = extents[axis].astype(dtype) if hasattr(extents[axis], "astype") else tirx.const(extents[axis], dtype)
+
+        def clamped(*i: Expr) -> Expr:
+            p = position(axis, *i)
+            return tirx.Select(tirx.all(p > tirx.const(-1.0, dtype), p < far), p, far)
+
+        return clamped
+
+    positions = [stage(f"position_{axis}", within(axis)) for axis in axes]
+    # Row-major: the index on an axis counts pixels of all faster axes.
+    strides: list[Expr] = [1] * len(extents)
+    for axis in reversed(axes[:-1]):
+        strides[axis] = strides[axis + 1] * extents[axis + 1]
+
+    def side(axis: int, bit: int) -> Callable[..., Expr]:
+        def index(*i: Expr) -> Expr:
+            at = te.floor(positions[axis](*i)).astype("int32") + bit
+            return tirx.Select(tirx.all(at >= 0, at < extents[axis]), at * strides[axis], outside)
+
+        return index
+
+    sides = [[stage(f"{name}_{axis}", side(axis, bit)) for bit, name in enumerate(("low", "high"))] for axis in axes]
+
+    def fraction(axis: int) -> Callable[..., Expr]:
+        return lambda *i: positions[axis](*i) - te.floor(positions[axis](*i))
+
+    fractions = [stage(f"fraction_{axis}", fraction(axis)) for axis in axes]
+
+    def corner_index(bits: tuple[int, ...]) -> Callable[..., Expr]:
+        def index(*i: Expr) -> Expr:
+            flat = sides[0][bits[0]](*i)
+            for axis in axes[1:]:
+                flat = flat + sides[axis][bits[axis]](*i)
+            missing = tirx.const(-1, "int32") if zero_pixel is None else zero_pixel
+            # Two axes outside add up to -2**31: still negative, and not below the smallest integer.
+            return tirx.Select(flat >= 0, flat, missing) * pitch
+
+        return index
+
+    def corner_weight(bits: tuple[int, ...]) -> Callable[..., Expr]:
+        def weight(*i: Expr) -> Expr:
+            value = None if modulation is None else modulation(*i)
+            for axis, bit in enumerate(bits):
+                share = fractions[axis](*i) if bit else one - fractions[axis](*i)
+                value = share if value is None else value * share
+            return value
+
+        return weight
+
+    corners = [("".join(map(str, bits)), bits) for bits in product((0, 1), repeat=len(extents))]
+    return Plan(
+        tuple(stage(f"index_{name}", corner_index(bits)) for name, bits in corners),
+        tuple(stage(f"weight_{name}", corner_weight(bits)) for name, bits in corners),
+        dtype,
+        zero_pixel is not None,
+    )
+
+
+def interpolate(plan: Plan, at: Sequence[Expr], read: Callable[[Expr], Expr]) -> Expr:
+    """Return the value of one sample.
+
+    Parameters
+    ----------
+    plan : Plan
+    at : sequence of expressions
+        Index into the plan.
+    read : callable
+        ``read(index)`` is the image's element there, in the plan's dtype.
+    """
+    total: Expr | None = None
+    for index, weight in zip(plan.indices, plan.weights):
+        i = index(*at)
+        # A corner outside must be worth 0 whatever the image holds: 0 * inf would be NaN. So it is either read from a
+        # pixel of zeros (two instructions a corner) or masked (nine, but no copy of the image is needed).
+        if plan.zero_pixel:
+            value = read(i)
+        else:
+            value = tirx.Select(i >= 0, read(te.max(i, 0)), tirx.const(0.0, plan.dtype))
+        term = weight(*at) * value
+        total = term if total is None else total + term
+    return total
