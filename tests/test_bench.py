@@ -15,12 +15,14 @@ import sys
 import time
 from pathlib import Path
 
+import handmade
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from tvmdcn import bench, bench_protocol
 from tvmdcn.bench import benchmark_command, section_table
+from tvmdcn.bench_overhead import TINY, measure_overhead
 from tvmdcn.bench_process import Worker, WorkerError
 from tvmdcn.bench_protocol import Protocol, compare, relative_error, turn_order
 from tvmdcn.bench_worker import load_tensors, save_tensors
@@ -397,22 +399,39 @@ def test_peer_computes_the_reference(name):
         assert provider.role == "floor" or found.max_rel_error < 1e-5
 
 
-@pytest.mark.parametrize("schedule", ["default", "naive"])
-def test_ours_computes_the_reference(schedule):
-    pytest.importorskip("tvmdcn.builder")
-    problems = [SMALL, TEST_PROBLEMS["asymmetric_nhwc"]]
-    for found in compare(problems, [2], [PROVIDERS[f"ours-{schedule}"]], protocol=QUICK):
-        assert (found.status, found.reason, found.schedule) == ("ok", None, schedule)
+@pytest.fixture
+def kernels(cache_dir):
+    """Kernels written by hand, in the cache under the keys of the default schedule."""
+    if handmade.COMPILER is None:
+        pytest.skip("no C compiler")
+    problems = [SMALL, TEST_PROBLEMS["asymmetric_nhwc"], TINY]
+    for problem in problems:
+        handmade.build(problem.spec, schedule="default")
+    return problems
+
+
+@pytest.mark.parametrize("source", ["prepare_ours", "prepare_ours_torch"])
+def test_ours_computes_the_reference(kernels, source):
+    if source == "prepare_ours_torch":
+        pytest.importorskip("torch")
+    provider = dataclasses.replace(PROVIDERS["ours-default"], source=f"tvmdcn.providers:{source}")
+    for found in compare(kernels, [2], [provider], protocol=QUICK):
+        assert (found.status, found.reason, found.schedule) == ("ok", None, "default")
         assert found.max_rel_error < 1e-5
 
 
-def test_overhead_rows(monkeypatch):
-    pytest.importorskip("tvmdcn.builder")
-    from tvmdcn.bench_overhead import measure_overhead
-
-    rows = measure_overhead([1], schedule="default", problem=SMALL, processes=1)
+def test_overhead_rows(kernels):
+    rows = measure_overhead([1], schedule="default", problem=SMALL, processes=1, command="a command")
     assert [found.measure for found in rows] == ["overhead_numpy", "overhead_torch", "first_result"]
+    assert [found.problem for found in rows] == [TINY.name, TINY.name, SMALL.name]
+    assert {found.command for found in rows} == {"a command"}
     assert {found.reason for found in rows} <= {None, "torch is not installed: pip install torch"}
+
+
+def test_first_result_that_fails_has_a_reason(cache_dir, monkeypatch):
+    monkeypatch.setenv("TVMDCN_BUILD", "never")
+    *_, first = measure_overhead([1], schedule="default", problem=SMALL, processes=1)
+    assert first.reason.startswith("tvmdcn.errors.ArtifactMissing: ")
 
 
 # --- rows set beside each other ----------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class NumpyArrays:
         """Refuse what is no plain array."""
         if not isinstance(array, np.ndarray):
             raise SpecTypeError(
-                f"{name} must be a numpy.ndarray as input is, got {shown(array)} of type "
+                f"{name} must be a tensor, a numpy.ndarray like input, got {shown(array)} of type "
                 f"{type(array).__name__}."
             )
         masked = sys.modules.get("numpy.ma")  # only imported by those who use it; 9 ms
@@ -156,7 +156,7 @@ class TorchArrays:
         torch = self._torch
         if not isinstance(array, torch.Tensor):
             raise SpecTypeError(
-                f"{name} must be a torch.Tensor as input is, got {shown(array)} of type "
+                f"{name} must be a tensor, a torch.Tensor like input, got {shown(array)} of type "
                 f"{type(array).__name__}."
             )
         if array.device.type != "cpu":
@@ -265,6 +265,6 @@ def arrays_of(array: Any) -> NumpyArrays | TorchArrays:
             _torch = TorchArrays(torch)
         return _torch
     raise SpecTypeError(
-        f"input must be a torch.Tensor or a numpy.ndarray, got {shown(array)} of type "
+        f"input must be a tensor, of torch or numpy.ndarray, got {shown(array)} of type "
         f"{type(array).__name__}. Convert it, for example with numpy.asarray."
     )

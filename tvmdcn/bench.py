@@ -58,6 +58,10 @@ class _ListCommand(click.Command):
         return super().parse_args(ctx, spread)
 
 
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
 def _milliseconds(value: float | None) -> str:
     if value is None:
         return "-"
@@ -84,8 +88,8 @@ def _cell(line: Line, provider: str) -> Text:
 def section_table(section: Section) -> Table:
     """Return the terminal's table of a section: a line per problem, and the geometric means."""
     table = Table(
-        title=f"{section.machine.get('cpu', 'unknown processor')}, {section.threads} thread"
-        f"{'s' * (section.threads > 1)}: median milliseconds per call",
+        title=f"{section.machine.get('cpu', 'unknown processor')}, {_threads(section.threads)}: "
+        "median milliseconds per call",
         caption="bold: ours, the fastest peer, the faster plain convolution. "
         "vs peer: times as fast as it. vs conv2d: our time in units of the plain convolution's.",
     )
@@ -137,7 +141,7 @@ def _show(console: Console, rows: Sequence[Measurement]) -> None:
             if row.status == "ok":
                 console.print(
                     f"{_MEASURE_NAMES[row.measure]}: {_milliseconds(row.median_ms)} ms "
-                    f"(median of {row.runs}, {row.threads} threads)",
+                    f"(median of {row.runs}, {_threads(row.threads)})",
                     markup=False,
                 )
     for line, gains in thread_gains(sections):
@@ -148,7 +152,8 @@ def _show(console: Console, rows: Sequence[Measurement]) -> None:
     for row in rows:
         if row.status == "failed":
             console.print(
-                f"failed: {row.provider} on {row.problem}, {row.threads} threads: {row.reason}", markup=False
+                f"failed: {row.provider} on {row.problem}, {_threads(row.threads)}: {row.reason}",
+                markup=False,
             )
 
 
@@ -265,7 +270,8 @@ def benchmark_command(
         why = "interrupted" if interrupted else "the time budget was spent"
         notes.print(f"{skipped} comparisons were not made: {why}.", style="yellow")
     if output is not None and rows:
-        notes.print(f"{len(rows)} rows in {output}. Next: scripts/report.py {output} --output report.html")
+        text = f"{len(rows)} rows in {output}. Next: scripts/report.py {output} --output report.html"
+        notes.print(text, markup=False, soft_wrap=True)
     if interrupted:
         sys.exit(130)
     if not any(row.status == "ok" for row in rows):

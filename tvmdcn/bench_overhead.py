@@ -25,12 +25,12 @@ _FIRST_RESULT = """
 import time
 start = time.perf_counter()
 import tvmdcn
-from tvmdcn.problems import PROBLEMS
-kernel = tvmdcn.load(PROBLEMS[{problem!r}].spec, schedule={schedule!r})
+spec = tvmdcn.DeformConv2dSpec.from_json({spec!r})
+kernel = tvmdcn.load(spec, schedule={schedule!r})
 loaded = time.perf_counter()
 import pathlib
 from tvmdcn.bench_worker import load_tensors
-t = load_tensors(pathlib.Path({folder!r}), PROBLEMS[{problem!r}].spec)
+t = load_tensors(pathlib.Path({folder!r}), spec)
 again = time.perf_counter()
 kernel(t.input, t.offset, t.weight, t.bias, t.mask)
 print((loaded - start + time.perf_counter() - again) * 1e3)
@@ -56,7 +56,7 @@ def measure_overhead(
     schedule : str
         Which of our schedules.
     problem : Problem
-        A named problem, whose first result is timed. Its artifact is built before, untimed.
+        Whose first result is timed. Its artifact is built before, untimed.
     processes : int
         How many new processes the median is over.
     command, on_row, on_step
@@ -105,7 +105,7 @@ def _first_result(
     times = []
     with tempfile.TemporaryDirectory(prefix="tvmdcn-bench-") as folder:
         save_tensors(Path(folder), make_tensors(problem.spec, problem.extents))
-        code = _FIRST_RESULT.format(problem=problem.name, schedule=provider.schedule, folder=folder)
+        code = _FIRST_RESULT.format(spec=problem.spec.to_json(), schedule=provider.schedule, folder=folder)
         for index in range(processes + 1):
             try:
                 done = subprocess.run(

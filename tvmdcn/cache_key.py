@@ -50,7 +50,7 @@ def _digest(files: list[tuple[str, bytes]]) -> str:
     return state.hexdigest()
 
 
-def _package_directory(name: str) -> Path:
+def package_directory(name: str) -> Path:
     """Return the directory of ``tvmdcn.<name>``, which stands beside the package in a checkout."""
     spec = importlib.util.find_spec(f"tvmdcn.{name}")
     if spec is not None and spec.submodule_search_locations:
@@ -64,14 +64,14 @@ def source_digest() -> str:
     here = Path(__file__).parent
     files = [here / "builder.py", here / "space.py", *sorted((here / "te").rglob("*.py"))]
     named = [(str(path.relative_to(here)), path) for path in files if path.is_file()]
-    schedules = _package_directory("schedules")
+    schedules = package_directory("schedules")
     named += [(f"schedules/{path.relative_to(schedules)}", path) for path in sorted(schedules.rglob("*.py"))]
     return _digest([(name, path.read_bytes()) for name, path in named])
 
 
 def records_digest(tag: str) -> str:
     """Return the digest of the tuning records of a target tag, those of TVMDCN_RECORDS included."""
-    roots = [env.records_dir(), _package_directory("tuning_logs")]
+    roots = [env.records_dir(), package_directory("tuning_logs")]
     files = [path for root in roots if root is not None for path in sorted((root / tag).glob("*.json"))]
     return _digest([(path.name, path.read_bytes()) for path in files])
 

@@ -90,6 +90,14 @@ class _Call:
         self.frames.append(frame)
 
 
+def _aligned(shape: tuple[int, ...], dtype: str, alignment: int) -> np.ndarray:
+    """Return an uninitialised array whose data lies at a multiple of `alignment` bytes."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + alignment, np.uint8)
+    first = -memory.ctypes.data % alignment
+    return memory[first : first + size].view(dtype).reshape(shape)
+
+
 class Kernel:
     """A compiled layer, callable on NumPy arrays and on torch CPU tensors; safe to call from several threads.
 
@@ -266,7 +274,7 @@ class Kernel:
             )
         weight = arrays.dense(weight, "NCHW")
         interface = self.artifact.kernel
-        packed = np.empty(interface.packed_shape, interface.packed_dtype)
+        packed = _aligned(interface.packed_shape, interface.packed_dtype, interface.alignment)
         arguments = Tensor(weight.shape, self.spec.dtype), Tensor(packed.shape, interface.packed_dtype)
         frame = Frame(self._pack_function, arguments)
         pointers = arrays.pointer(weight), NumpyArrays.pointer(packed)
@@ -397,8 +405,10 @@ class Kernel:
             return Tensor(shape, spec.dtype)
 
         fields_of_taps = [2, 1] if spec.mask else [2]
+        # The kernel gathers from a channels-last image as from one row of numbers.
+        flat = Tensor((batch, height * width * spec.in_channels), spec.dtype)
         return [
-            image(spec.in_channels, height * width),
+            image(spec.in_channels, height * width) if spec.layout == "NCHW" else flat,
             *(image(spec.offset_groups * spec.taps * each, pixels) for each in fields_of_taps),
             Tensor(interface.packed_shape, interface.packed_dtype),
             Tensor((spec.out_channels,), spec.accumulator_dtype),

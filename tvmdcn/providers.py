@@ -140,21 +140,18 @@ def prepare_ours_torch(
 
     torch.set_num_threads(threads)
     kernel = tvmdcn.load(spec, schedule=schedule or "tuned")
-    image, offset, weight, mask, bias, out = (
-        None if array is None else _torch_tensor(array, spec)
-        for array in (
-            tensors.input,
-            tensors.offset,
-            tensors.weight,
-            tensors.mask,
-            tensors.bias,
-            np.empty(spec.output_shape(extents), tensors.input.dtype),
-        )
-    )
-    packed = kernel.pack(weight)
-    return Prepared(
-        lambda: kernel(image, offset, packed, bias, mask, out=out), lambda result: result.double().numpy()
-    )
+
+    def image(array: np.ndarray | None) -> Any:
+        """Return a tensor in the order of NCHW over the array's memory: channels last where that is NHWC."""
+        if array is None or spec.layout == "NCHW":
+            return None if array is None else _torch_tensor(array, spec)
+        return _torch_tensor(array, spec).permute(0, 3, 1, 2)
+
+    out = image(np.empty(spec.output_shape(extents), tensors.input.dtype))
+    bias = None if tensors.bias is None else _torch_tensor(tensors.bias, spec)
+    packed = kernel.pack(_torch_tensor(tensors.weight, spec))
+    arguments = (image(tensors.input), image(tensors.offset), packed, bias, image(tensors.mask))
+    return Prepared(lambda: kernel(*arguments, out=out), lambda result: _torch_output(result, spec))
 
 
 def prepare_onnxruntime(

@@ -115,8 +115,8 @@ class _Drawing:
 
 
 def _short(name: str, limit: int = 28) -> str:
-    """Return a name on one line, cut to what a label can bear."""
-    text = " ".join(name.split())
+    """Return a name on one line, cut to what a label can bear, of letters that can be drawn."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(name.split()))
     return text if len(text) <= limit else text[: limit - 1] + "\u2026"
 
 
@@ -168,7 +168,7 @@ def draw_bars(section: Section, name: str) -> Markup | None:
     width = 0.8 / len(shown)
     for place, provider in enumerate(shown):
         color = _STAND_INS[color_of(provider, section.roles[provider])]
-        label = f"{provider}" + (" (ours)" if provider == section.subject else "")
+        label = _short(provider) + (" (ours)" if provider == section.subject else "")
         for index, line in enumerate(lines):
             row = line.rows.get(provider)
             if row is None or row.status != "ok":
@@ -191,7 +191,7 @@ def draw_bars(section: Section, name: str) -> Markup | None:
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(lines) - 0.4)
     axes.set_ylim(0, limit * 1.04)
-    unit = "plain conv2d = 1" if use_floor else f"{section.subject} = 1"
+    unit = "plain conv2d = 1" if use_floor else f"{_short(section.subject or '')} = 1"
     axes.set_ylabel(f"time, {unit} (shorter is faster)")
     axes.legend(
         ncols=6,

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many threads a call uses.
 
-TVM keeps one thread pool per calling thread, of a size that is fixed when the pool is made: by default half the
-processors, whatever the process may use. So the pool is made here, before the first parallel call of each
+TVM keeps one thread pool per calling thread, of a size that is fixed when the pool is made: by default half
+the processors, whatever the process may use. So the pool is made here, before the first parallel call of each
 calling thread, with as many workers as the process has processors, and every call uses as many of them as it
 should. The caller is one of the workers.
 
-Workers do not survive a fork. In a child that was forked by a thread with a pool, calls from that thread run in
-it alone; new threads make pools of their own. Such a child must leave by ``os._exit``, as those of
+Workers do not survive a fork. In a child that was forked by a thread with a pool, calls from that thread run
+in it alone; new threads make pools of their own. Such a child must leave by ``os._exit``, as those of
 :mod:`multiprocessing` do: TVM joins its workers when a process ends normally, and they are not there.
 """
 
@@ -35,6 +35,11 @@ _SET_MAX_CONCURRENCY = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
 # ThreadGroup::kSpecifyThreadShareAllCore: workers may run on all of the processors given with it. Every other
 # mode pins workers to processor numbers counted from 0, even to those that taskset or a container denies us.
 _SHARE_PROCESSORS = -3
+# How often an idle worker looks for work before it sleeps; TVM reads this variable of its own once. Its
+# default, 300000, is 0.15 s of a processor after every call: beside our kernel, three torch convolutions on 2
+# threads took 3 ms in the median but 35 to 90 ms in one of ten; with 2000 (1 ms), 6 to 14 ms (Zen 5, 2
+# processors, 2026-11).
+_SPIN_VARIABLE, _SPIN_COUNT = "TVM_THREAD_POOL_SPIN_COUNT", "2000"
 
 
 class _Local(threading.local):
@@ -123,12 +128,13 @@ def _configure(count: int) -> None:
     processors = available_processors()
     if not _local.pool:
         _watch_forks()
+        os.environ.setdefault(_SPIN_VARIABLE, _SPIN_COUNT)
         # A pool cannot grow, and torch's number of threads can.
         _local.pool = count if env.num_threads() else max(count, len(processors))
     elif count > _local.pool:
         _log.warning(
-            "%d threads were asked for, but the pool of this thread was made with %d, and cannot grow: using %d. "
-            "Ask for the larger number first, or call from a new thread.",
+            "%d threads were asked for, but the pool of this thread was made with %d, and cannot grow: using "
+            "%d. Ask for the larger number first, or call from a new thread.",
             count,
             _local.pool,
             _local.pool,

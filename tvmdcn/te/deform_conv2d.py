@@ -21,7 +21,7 @@ from tvm import te, tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
 from tvmdcn.spec import DeformConv2dSpec
-from tvmdcn.te.layout import TOKEN, Epilogue, declare_reads, store_tile, to_channels_last
+from tvmdcn.te.layout import TOKEN, Epilogue, declare_reads, store_tile, to_channels_last, with_alignment
 from tvmdcn.te.sampling import interpolate, sampling_plan
 
 __all__ = ["GRANULE", "deform_conv2d", "is_depthwise", "lanes_for", "pack_weight", "packed_shape"]
@@ -202,7 +202,11 @@ def _with_layout_stages(staged: tirx.PrimFunc, spec: DeformConv2dSpec, lanes: in
     inner = [params[name] for name in ("image", "product") if name in params]
     block = SBlock([], [], [], "root", tirx.SeqStmt(stages), alloc_buffers=[*root.alloc_buffers, *inner])
     outer = [out if p.name == "product" else p for p in staged.params if p.name != "image"]
-    return tirx.PrimFunc(outer, SBlockRealize([], True, block), attrs=staged.attrs)
+    func = tirx.PrimFunc(outer, SBlockRealize([], True, block), attrs=staged.attrs)
+    # A caller's tensors lie anywhere; the packed weight is the runtime's own.
+    item = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+    given = dict.fromkeys(("x", "offset", "mask", "out"), item[spec.dtype])
+    return with_alignment(func, {**given, "bias": item[spec.accumulator_dtype]})
 
 
 def pack_weight(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
@@ -218,4 +222,4 @@ def pack_weight(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
         return tirx.Select(channel < per_group, _cast(read, spec.dtype, acc), tirx.const(0.0, acc))
 
     packed = te.compute(packed_shape(spec, lanes), value, name="packed")
-    return te.create_prim_func([weight, packed])
+    return with_alignment(te.create_prim_func([weight, packed]), {"weight": 2})

@@ -8,15 +8,16 @@ of pixels could not be fused into the tile (the schedule cannot invert the divis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
-from tvm.ir import Range, TensorRegion
+from tvm.ir import Range, TensorRegion, load_json, save_json
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
-__all__ = ["TOKEN", "Epilogue", "block_nest", "declare_reads", "pixel_strips", "store_tile", "to_channels_last", "transpose_into"]
+__all__ = ["TOKEN", "Epilogue", "block_nest", "declare_reads", "pixel_strips", "store_tile", "to_channels_last", "transpose_into", "with_alignment"]
 
 Expr = Any
 
@@ -279,3 +280,18 @@ def store_tile(stage: Epilogue, granule: int, acc: str, dtype: str) -> tirx.Stmt
         writes,
         body,
     )
+
+
+def with_alignment(func: tirx.PrimFunc, alignments: Mapping[str, int]) -> tirx.PrimFunc:
+    """Return `func` with another alignment, in bytes, promised for the data of its buffer parameters.
+
+    TE promises 64 for all, and the code generator then emits aligned loads that fault on a NumPy array.
+    """
+    graph = json.loads(save_json(func))
+    nodes = graph["nodes"]
+    for index in nodes[nodes[graph["root_index"]]["data"]["params"]]["data"]:
+        param = nodes[index]["data"]
+        name, kind = nodes[param["name"]]["data"], nodes[param["ty"]]
+        if kind["type"] == "tirx.BufferType" and name in alignments:
+            kind["data"]["data_alignment"] = alignments[name]
+    return load_json(json.dumps(graph))

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a specification to compiled code: algorithm, schedule, LLVM. The only module besides the tuner that compiles."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import tirx
+
+from tvmdcn.artifact import Artifact, KernelInterface, build_once
+from tvmdcn.cache_key import CacheKey
+from tvmdcn.errors import BuildError, SpecError, SpecTypeError
+from tvmdcn.records import TuningRecords
+from tvmdcn.space import TILE_UNITS, Decisions, space_of
+from tvmdcn.spec import DeformConv2dSpec
+from tvmdcn.target import TargetInfo, resolve_target
+from tvmdcn.te import Operator, operator_of
+from tvmdcn.validation import shown
+
+__all__ = ["PACKED_ALIGNMENT", "build", "compile_schedule", "interface_of", "lanes_of", "naive_schedule", "new_schedule"]
+
+_log = logging.getLogger(__name__)
+
+PACK = "pack_weight"
+PACKED_ALIGNMENT = 64
+"""Bytes; the packed weight is the runtime's own, so that its loads can be aligned ones."""
+
+_NAIVE_TILE_UNITS = 48
+
+
+def lanes_of(spec: DeformConv2dSpec, target: TargetInfo) -> int:
+    """Return the number of output channels in a block of the packed weight."""
+    item = {"float32": 4, "float64": 8}[spec.accumulator_dtype]
+    return operator_of(spec).lanes(spec, target.vector_bits // 8 // item)
+
+
+def new_schedule(spec: DeformConv2dSpec, target: TargetInfo) -> Any:
+    """Return a TVM ``Schedule`` of the operator, nothing scheduled yet; its function is named as the operator."""
+    operator = operator_of(spec)
+    func = operator.kernel(spec, lanes_of(spec, target))
+    module = tvm.IRModule({operator.name: func.with_attr("global_symbol", operator.name)})
+    return tvm.s_tir.Schedule(module, debug_mask="none")
+
+
+def naive_schedule(spec: DeformConv2dSpec, target: TargetInfo) -> Any:
+    """Return the plainest correct schedule, for comparison."""
+    sch = new_schedule(spec, target)
+    space_of(spec.operator, target.kind).naive(sch, spec)
+    return sch
+
+
+def _tile_units(operator: Operator, module: Any) -> int:
+    """Return the largest tile that a schedule was made for, from its annotation."""
+    found: list[int] = []
+
+    def visit(stmt: Any) -> None:
+        if isinstance(stmt, tirx.SeqStmt):
+            for inner in stmt:
+                visit(inner)
+        elif isinstance(stmt, tirx.For):
+            visit(stmt.body)
+        elif hasattr(stmt, "block"):
+            found.extend(int(v) for k, v in stmt.block.annotations.items() if k == TILE_UNITS)
+            visit(stmt.block.body)
+
+    visit(module[operator.name].body)
+    return found[0] if found else _NAIVE_TILE_UNITS
+
+
+def interface_of(spec: DeformConv2dSpec, target: TargetInfo, module: Any) -> KernelInterface:
+    """Return how the kernel of a scheduled module is called."""
+    operator = operator_of(spec)
+    return KernelInterface(
+        granule=operator.granule,
+        max_tile_units=_tile_units(operator, module),
+        packed_shape=operator.packed_shape(spec, lanes_of(spec, target)),
+        packed_dtype=spec.accumulator_dtype,
+        layout=spec.layout,
+        entry=operator.name,
+        pack=PACK,
+        alignment=PACKED_ALIGNMENT,
+    )
+
+
+def compile_schedule(spec: DeformConv2dSpec, target: TargetInfo, module: Any) -> Any:
+    """Compile a scheduled module, with the function that packs the weight.
+
+    Returns
+    -------
+    tvm.runtime.Executable
+        Exports the operator and ``pack_weight``.
+
+    Raises
+    ------
+    BuildError
+        If TVM refuses.
+    """
+    operator = operator_of(spec)
+    pack = operator.pack(spec, lanes_of(spec, target)).with_attr("global_symbol", PACK)
+    functions = {operator.name: module[operator.name], PACK: pack}
+    try:
+        return tvm.compile(tvm.IRModule(functions), target=target.to_tvm())
+    except Exception as error:
+        # TVM raises RuntimeError, ValueError and its own classes alike.
+        raise BuildError(f"TVM could not compile {spec.slug} for {target.tag}: {_last_line(error)}") from error
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:400] if lines else type(error).__name__
+
+
+def build(
+    spec: DeformConv2dSpec,
+    target: str | TargetInfo | None = None,
+    schedule: str | Decisions = "tuned",
+    cache_dir: Path | None = None,
+    rebuild: bool = False,
+) -> Artifact:
+    """Build the kernel of a layer, or find it built.
+
+    Parameters
+    ----------
+    spec : DeformConv2dSpec
+        What to compute.
+    target : str or TargetInfo, optional
+        What to compute it on; this machine by default.
+    schedule : {"tuned", "default", "naive"} or Decisions
+        "tuned": the best record of this signature on the target; else the decisions of the nearest tuned
+        signature; else as "default". "default": the design space's own decisions. "naive": the algorithm as it is
+        written. Or decisions of your own.
+    cache_dir : Path, optional
+        TVMDCN_CACHE_DIR by default.
+    rebuild : bool
+        Compile even if the artifact exists.
+
+    Returns
+    -------
+    Artifact
+        Loads without the compiler.
+
+    Raises
+    ------
+    SpecError, SpecTypeError
+        If an argument is not understood.
+    BuildError
+        If TVM refuses, or there is no design space for the target.
+    ArtifactError
+        If the cache directory cannot be used.
+    RecordsError
+        If the target's records cannot be read.
+    """
+    if not isinstance(spec, DeformConv2dSpec):
+        raise SpecTypeError(f"spec must be a DeformConv2dSpec, got {shown(spec)} of type {type(spec).__name__}.")
+    if isinstance(schedule, Decisions):
+        source, digest = "decisions", _digest(schedule.to_json())
+    elif schedule in ("tuned", "default", "naive"):
+        source, digest = schedule, ""
+    else:
+        raise SpecError(f"schedule must be 'tuned', 'default', 'naive' or Decisions, got {shown(schedule)}.")
+    info = resolve_target(target)
+    key = CacheKey.of(spec, info, source, digest)
+
+    def make(directory: Path) -> tuple[KernelInterface, Mapping[str, Any]]:
+        sch, description = _scheduled(spec, info, schedule)
+        executable = compile_schedule(spec, info, sch.mod)
+        executable.export_library(str(directory / "kernel.so"))
+        description["tir"] = sch.mod[operator_of(spec).name].script()
+        return interface_of(spec, info, sch.mod), description
+
+    return build_once(key, info, make, cache_dir, rebuild)
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _scheduled(
+    spec: DeformConv2dSpec, target: TargetInfo, schedule: str | Decisions
+) -> tuple[Any, dict[str, Any]]:
+    """Return the scheduled module, and how it came to its schedule, for the manifest."""
+    if schedule == "naive":
+        return naive_schedule(spec, target), {"source": "naive", "decisions": {}, "trace": ""}
+    decisions, source = (schedule, "given") if isinstance(schedule, Decisions) else (None, "default")
+    if schedule == "tuned":
+        found = TuningRecords.of(target.tag).best(spec)
+        if found is not None:
+            decisions, source = found.decisions, found.description
+        else:
+            _log.info("no tuning record for %s on %s: default decisions", spec.slug, target.tag)
+    sch = new_schedule(spec, target)
+    made = space_of(spec.operator, target.kind).schedule(sch, spec, target, decisions)
+    return sch, {"source": source, "decisions": made.to_json(), "trace": str(sch.trace)}

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning records: the best schedules found on a target, with where they come from.
+
+``<root>/<target tag>/meta.json`` holds one record per signature: decisions, times, provenance. Beside it lie
+MetaSchedule's own files (``database_workload.json``, ``database_tuning_record.json``) with the same schedules as
+traces. Roots are those of TVMDCN_RECORDS and the ``tuning_logs`` that ship with the package, in this order.
+
+Records are for finding schedules. A report measures again, it never quotes a record's time.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tvmdcn import env
+from tvmdcn.cache_key import package_directory
+from tvmdcn.errors import BuildError, RecordsError, SpecError, SpecTypeError
+from tvmdcn.space import Decisions
+from tvmdcn.spec import DeformConv2dSpec, Extents
+
+__all__ = ["META", "Found", "Record", "TuningRecords", "shipped_root"]
+
+_log = logging.getLogger(__name__)
+
+META = "meta.json"
+_SCHEMA = 1
+_LIMIT = 16 << 20  # bytes
+
+
+def shipped_root() -> Path:
+    """Return the directory of the records that ship with the package (``tuning_logs`` in a checkout)."""
+    return package_directory("tuning_logs")
+
+
+@dataclass(frozen=True)
+class Record:
+    """The best schedule of one signature on one target.
+
+    Parameters
+    ----------
+    spec : DeformConv2dSpec
+    extents : Extents
+        Representative sizes that it was tuned on; the kernel is free in them.
+    threads : int
+    decisions : Decisions
+    seconds, default_seconds : float
+        Median time of a call when it was measured, and of the default schedule in the same run.
+    trials : int
+        Schedules measured, the failed ones included.
+    provenance : mapping
+        Machine, compiler and package versions, commit, date.
+    """
+
+    spec: DeformConv2dSpec
+    extents: Extents
+    threads: int
+    decisions: Decisions
+    seconds: float
+    default_seconds: float
+    trials: int
+    provenance: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as a dict of JSON types."""
+        return {
+            "spec": self.spec.to_json(),
+            "extents": asdict(self.extents),
+            "threads": self.threads,
+            "decisions": self.decisions.to_json(),
+            "seconds": self.seconds,
+            "default_seconds": self.default_seconds,
+            "trials": self.trials,
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Record:
+        """Return the record that :meth:`to_json` wrote.
+
+        Raises
+        ------
+        RecordsError
+            If a field is missing or has an impossible value.
+        """
+        try:
+            spec, extents = DeformConv2dSpec.from_json(data["spec"]), Extents(**data["extents"])
+            seconds, default = float(data["seconds"]), float(data["default_seconds"])
+            if not (0 < seconds < math.inf and 0 < default < math.inf):
+                raise RecordsError("a time is not positive.")
+            threads, trials = int(data["threads"]), int(data["trials"])
+            decisions = Decisions.from_json(data["decisions"])
+            return cls(spec, extents, threads, decisions, seconds, default, trials, dict(data["provenance"]))
+        except (KeyError, TypeError, ValueError, SpecError, SpecTypeError, BuildError) as error:
+            raise RecordsError(f"not a tuning record: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a look-up.
+
+    Parameters
+    ----------
+    decisions : Decisions
+    description : str
+        In words: of this layer, or of which other one.
+    exact : bool
+        Whether the record is of the very signature.
+    """
+
+    decisions: Decisions
+    description: str
+    exact: bool
+
+
+def _structure(spec: DeformConv2dSpec) -> DeformConv2dSpec:
+    """Return what two signatures must share for the decisions of one to make sense for the other."""
+    return replace(
+        spec,
+        in_channels=spec.groups * spec.offset_groups,
+        out_channels=spec.groups,
+        stride=1,
+        padding=0,
+        dilation=1,
+        mask=True,
+    )
+
+
+class TuningRecords:
+    """The records of one target tag.
+
+    Parameters
+    ----------
+    tag : str
+        Such as "llvm-znver5".
+    records : iterable of Record
+        At most one per signature and number of threads.
+    """
+
+    def __init__(self, tag: str, records: Iterable[Record] = ()) -> None:
+        self.tag = tag
+        self.records = list(records)
+
+    @classmethod
+    def of(cls, tag: str) -> TuningRecords:
+        """Return all records of a target tag, the user's before those that ship.
+
+        Raises
+        ------
+        RecordsError
+            If a file cannot be read.
+        """
+        roots = [root for root in (env.records_dir(), shipped_root()) if root is not None]
+        found = [record for root in roots for record in cls.read(root, tag).records]
+        return cls(tag, found)
+
+    @classmethod
+    def read(cls, root: Path, tag: str) -> TuningRecords:
+        """Return the records in ``<root>/<tag>/meta.json``; none where there is no such file.
+
+        Raises
+        ------
+        RecordsError
+            If the file is damaged, or of another target or schema.
+        """
+        path = Path(root) / tag / META
+        if not path.is_file():
+            return cls(tag)
+        stat = path.stat()
+        return cls(tag, _read(path, tag, stat.st_mtime_ns, stat.st_size))
+
+    def write(self, root: Path) -> Path:
+        """Write ``<root>/<tag>/meta.json``, whole or not at all, and return its path."""
+        path = Path(root) / self.tag / META
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ordered = sorted(self.records, key=lambda r: (r.spec.slug, r.threads))
+        data = {
+            "schema": _SCHEMA,
+            "generated": "by tvmdcn tune; do not edit",
+            "target": self.tag,
+            "records": [record.to_json() for record in ordered],
+        }
+        staged = path.with_suffix(".new")
+        staged.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+        staged.replace(path)
+        return path
+
+    def add(self, record: Record) -> bool:
+        """Keep a record if it is the first or the fastest of its signature and threads; tell whether it was."""
+        for i, known in enumerate(self.records):
+            if (known.spec, known.threads) == (record.spec, record.threads):
+                if record.seconds >= known.seconds and known.provenance == record.provenance:
+                    return False
+                # Times of two runs do not compare on a noisy machine: the newer search, which starts from the older
+                # one's records, decides.
+                self.records[i] = record
+                return True
+        self.records.append(record)
+        return True
+
+    def best(self, spec: DeformConv2dSpec, threads: int | None = None) -> Found | None:
+        """Return the decisions for a signature: its own; else those of the nearest that is built alike; else None.
+
+        Distance is that of the logarithms of input and output channels per group.
+        """
+
+        def rank(record: Record) -> tuple[float, float]:
+            channels = abs(math.log(record.spec.in_channels / spec.in_channels)) + abs(
+                math.log(record.spec.out_channels / spec.out_channels)
+            )
+            other_threads = 0.0 if threads is None else abs(math.log(record.threads / threads))
+            return channels, other_threads if threads is not None else -record.threads
+
+        same = [record for record in self.records if record.spec == spec]
+        if same:
+            chosen = min(same, key=rank)
+            return Found(chosen.decisions, f"tuned: {chosen.trials} trials", True)
+        alike = [record for record in self.records if _structure(record.spec) == _structure(spec)]
+        if not alike:
+            return None
+        chosen = min(alike, key=rank)
+        return Found(chosen.decisions, f"as tuned for {chosen.spec.slug}", False)
+
+
+@functools.lru_cache(maxsize=32)
+def _read(path: Path, tag: str, _mtime: int, size: int) -> tuple[Record, ...]:
+    try:
+        if size > _LIMIT:
+            raise RecordsError(f"it is larger than {_LIMIT} bytes.")
+        data = json.loads(path.read_text())
+        if not isinstance(data, dict) or data.get("schema") != _SCHEMA:
+            raise RecordsError(f"its schema is not {_SCHEMA}.")
+        if data.get("target") != tag:
+            raise RecordsError(f"it is of target {str(data.get('target'))[:80]!r}, not {tag!r}: refused.")
+        if not isinstance(data.get("records"), list):
+            raise RecordsError("it has no list of records.")
+        return tuple(Record.from_json(row) for row in data["records"])
+    except (OSError, ValueError, RecursionError, RecordsError) as error:
+        raise RecordsError(
+            f"{path} cannot be used: {error} Restore it, or delete it and tune again."
+        ) from error
