@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import hypothesis
@@ -44,6 +46,14 @@ def session_cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TVMDCN_CACHE_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def compilers(session_cache_dir: Path) -> Iterator[ProcessPoolExecutor]:
+    """Two processes that compile beside one another; TVM holds Python's lock while it compiles."""
+    pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+    yield pool
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture

@@ -3,17 +3,31 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from tvmdcn import env
+import numpy as np
+
+import tvmdcn
+from tvmdcn import api, runtime
 from tvmdcn.artifact import Artifact, KernelInterface, build_once
 from tvmdcn.cache_key import CacheKey
 from tvmdcn.errors import BuildError
-from tvmdcn.spec import DeformConv2dSpec
+from tvmdcn.kernel import Kernel
+from tvmdcn.reference import reference
+from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import resolve_target
+from tvmdcn.tensors import Tensors
+
+ROOT = Path(__file__).resolve().parent.parent
+# torchvision's asymmetric test problem.
+SPEC = DeformConv2dSpec(6, 2, (3, 2), (2, 1), (1, 0), (2, 1), groups=2, offset_groups=3)
+EXTENTS = Extents(3, 5, 4)
 
 SOURCE = Path(__file__).with_name("handmade_kernel.c")
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -56,7 +70,11 @@ def compile_library(spec: DeformConv2dSpec, library: Path) -> KernelInterface:
 
 
 def build(
-    spec: DeformConv2dSpec, target: Any = None, schedule: str = "tuned", cache_dir: Path | None = None
+    spec: DeformConv2dSpec,
+    target: Any = None,
+    schedule: str = "tuned",
+    cache_dir: Path | None = None,
+    rebuild: bool = False,
 ) -> Artifact:
     """Build as :func:`tvmdcn.build` does."""
     info = resolve_target(target)
@@ -65,18 +83,83 @@ def build(
         return compile_library(spec, directory / "kernel.so"), {"source": "handmade"}
 
     key = CacheKey.of(spec, info, schedule)
-    return build_once(key, info, make, cache_dir, rebuild=env.build_mode() == "rebuild")
+    return build_once(key, info, make, cache_dir, rebuild)
 
 
 def install(patch: Any) -> None:
     """Take the place of :mod:`tvmdcn.builder`, with nothing in memory; `patch` is a MonkeyPatch."""
-    import sys
-
-    import tvmdcn
-    from tvmdcn import api, runtime
-
     module = sys.modules[__name__]
     patch.setitem(sys.modules, "tvmdcn.builder", module)
     patch.setattr(tvmdcn, "builder", module, raising=False)
     patch.setattr(runtime, "_loaded", {})
     patch.setattr(api, "_kernels", {})
+
+
+def kernel_of(spec: DeformConv2dSpec = SPEC, **options) -> Kernel:
+    return tvmdcn.load(spec, **options)
+
+
+def variant(**changes) -> DeformConv2dSpec:
+    return DeformConv2dSpec.from_json({**SPEC.to_json(), **changes})
+
+
+def error(result, spec: DeformConv2dSpec, tensors: Tensors) -> float:
+    expected = reference(spec, tensors)
+    result = np.asarray(result, np.float64)
+    assert result.shape == expected.shape
+    return float(np.abs(result - expected).max(initial=0) / np.abs(expected).max(initial=1e-30))
+
+
+def call(kernel: Kernel, tensors: Tensors, **options):
+    return kernel(tensors.input, tensors.offset, tensors.weight, tensors.bias, tensors.mask, **options)
+
+
+def torch_of(array: np.ndarray):
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def run(
+    *parts: str, timeout: float = 60, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run code in a process of its own, which knows the handmade builder."""
+    prelude = """
+    import sys, types
+    sys.path[:0] = [{tests!r}, {root!r}]
+    import pytest
+    def handmade_builder():
+        import handmade
+        handmade.install(pytest.MonkeyPatch())
+    """.format(tests=str(ROOT / "tests"), root=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", "".join(map(textwrap.dedent, (prelude, *parts)))],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def strided(array: np.ndarray) -> np.ndarray:
+    wide = np.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)
+    wide[..., ::2] = array
+    return wide[..., ::2]
+
+
+def misaligned(array: np.ndarray) -> np.ndarray:
+    raw = np.zeros(array.nbytes + 1, np.uint8)
+    view = raw[1:].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    array = array.copy()
+    array.flags.writeable = False
+    return array

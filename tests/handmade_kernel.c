@@ -152,12 +152,14 @@ int __tvm_ffi_deform_conv2d(void *self, const Any *args, int32_t count, Any *res
   const Tensor *out = args[4 + MASK].value.pointer;
   c.n = out->shape[0];
   c.pixels = out->shape[NHWC ? 1 : 2];
-  if (c.tasks != c.n * c.tiles || c.tiles * c.units * GRANULE < c.pixels || c.pixels % c.out_width ||
+  if (c.tasks != c.n * c.tiles || c.tiles * c.units * GRANULE < c.pixels || c.pixels < GRANULE ||
       c.units > MAX_UNITS || (c.tiles - 1) * c.units * GRANULE >= c.pixels)
     return refuse("the partition does not cover the pixels");
 #define IMAGE(channels, pixels) NHWC ? (int64_t[]){c.n, pixels, channels} : (int64_t[]){c.n, channels, pixels}
   int next = 0;
-  const Tensor *x = tensor(&args[next++], DTYPE_CODE, DTYPE_BITS, 3, IMAGE(CIN, c.height * c.width));
+  const int64_t size = c.height * c.width;
+  const Tensor *x = NHWC ? tensor(&args[next++], DTYPE_CODE, DTYPE_BITS, 2, (int64_t[]){c.n, size * CIN})
+                         : tensor(&args[next++], DTYPE_CODE, DTYPE_BITS, 3, (int64_t[]){c.n, CIN, size});
   const Tensor *offset = tensor(&args[next++], DTYPE_CODE, DTYPE_BITS, 3, IMAGE(OFFSET_GROUPS * 2 * TAPS, c.pixels));
   const Tensor *mask = MASK ? tensor(&args[next++], DTYPE_CODE, DTYPE_BITS, 3, IMAGE(OFFSET_GROUPS * TAPS, c.pixels)) : x;
   const Tensor *weight = tensor(&args[next++], 2, 8 * sizeof(acc), 5, (int64_t[]){GROUPS, BLOCKS, TAPS, CIN / GROUPS, LANES});

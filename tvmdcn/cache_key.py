@@ -20,7 +20,7 @@ from tvmdcn.errors import ArtifactError, SpecError
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.target import TargetInfo
 
-__all__ = ["ABI", "SCHEDULES", "SCHEMA", "CacheKey", "records_digest", "source_digest"]
+__all__ = ["ABI", "SCHEDULES", "SCHEMA", "CacheKey", "record_roots", "records_digest", "source_digest"]
 
 # Raise with the manifest's format; artifacts of another schema lie in another directory.
 SCHEMA = 1
@@ -69,10 +69,19 @@ def source_digest() -> str:
     return _digest([(name, path.read_bytes()) for name, path in named])
 
 
+def record_roots() -> list[Path]:
+    """Return where tuning records lie: the user's (TVMDCN_RECORDS, or the data directory), then those that ship."""
+    user = env.records_dir()
+    if user is None:
+        import platformdirs  # only the default needs it, and imports must stay cheap
+
+        user = Path(platformdirs.user_data_dir("tvmdcn", appauthor=False)) / "tuning_logs"
+    return [user, package_directory("tuning_logs")]
+
+
 def records_digest(tag: str) -> str:
-    """Return the digest of the tuning records of a target tag, those of TVMDCN_RECORDS included."""
-    roots = [env.records_dir(), package_directory("tuning_logs")]
-    files = [path for root in roots if root is not None for path in sorted((root / tag).glob("*.json"))]
+    """Return the digest of the tuning records of a target tag, wherever they lie."""
+    files = [path for root in record_roots() for path in sorted((root / tag).glob("*.json"))]
     return _digest([(path.name, path.read_bytes()) for path in files])
 
 

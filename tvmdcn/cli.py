@@ -17,7 +17,7 @@ __all__ = ["main"]
 # Subcommand: the click command that does the work, and its line in `tvmdcn --help`, which must stay fast.
 _COMMANDS = {
     "tune": (
-        "tvmdcn.tuner:tune_command",
+        "tvmdcn.tune_command:tune_command",
         "Search the best schedule of a layer for this machine, and keep it.",
     ),
     "build": ("tvmdcn.cli:build_command", "Compile a layer to an artifact that loads without the compiler."),

@@ -29,7 +29,7 @@ from tvmdcn.native import Frame, Function, Tensor
 from tvmdcn.partition import partition
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo
-from tvmdcn.validation import check_int
+from tvmdcn.validation import check_dtype, check_int
 from tvmdcn.weights import CachedWeight, PackedWeight
 
 __all__ = ["Kernel", "PackedWeight"]
@@ -54,6 +54,7 @@ class _Call:
         "plan",
         "sizes",
         "threads",
+        "widened",
     )
 
     def __init__(self) -> None:
@@ -65,6 +66,7 @@ class _Call:
         self.function: Function
         self.plan: list[Tensor | int] | None = None  # None: nothing to compute (batch 0)
         self.sizes: list[int] = []  # bytes of the tensors of the plan
+        self.widened = 0  # pixels of a copy that is made where there are fewer than the kernel computes
         self.frames: list[Frame] = []
 
     def refuse_overlap(self, sources: tuple[int, ...], target: int) -> None:
@@ -215,14 +217,16 @@ class Kernel:
         result = arrays.empty(input, call.out_shape, self.spec.layout) if out is None else out
         if call.plan is None:
             return result
+        if call.widened:
+            return self._call_small(call, arrays, input, offset, packed, bias_pointer, mask, result)
         try:
             image, field, target = arrays.pointer(input), arrays.pointer(offset), arrays.pointer(result)
             modulation = 0 if mask is None else arrays.pointer(mask)
         except RuntimeError:
-            for name, array in (("input", input), ("offset", offset), ("mask", mask), ("out", out)):
-                if array is not None:
-                    arrays.check(name, array)
+            self._check_memory(arrays, input=input, offset=offset, mask=mask, out=out)
             raise
+        if not (image and field and target):
+            self._check_memory(arrays, input=input, offset=offset, mask=mask, out=out)
         if (image | field | modulation | bias_pointer | target) & call.item_mask:
             return self._call_aligned(arrays, input, offset, packed, bias, mask, out)
         sources = (
@@ -234,6 +238,34 @@ class Kernel:
             call.refuse_overlap(sources, target)
             arrays.mark_written(out)
         call.run((*sources, target))
+        return result
+
+    @staticmethod
+    def _check_memory(arrays: Any, **named: Any) -> None:
+        """Check arrays that a prepared call was found for again: some kinds of tensors show only in use."""
+        for name, array in named.items():
+            if array is not None:
+                arrays.check(name, array)
+
+    def _call_small(
+        self,
+        call: _Call,
+        arrays: Any,
+        input: Any,
+        offset: Any,
+        packed: PackedWeight,
+        bias_pointer: int,
+        mask: Any,
+        result: Any,
+    ) -> Any:
+        """Call with copies that have as many pixels as the kernel computes at least."""
+        self._check_memory(arrays, input=input, offset=offset, mask=mask, out=result)
+        layout, pixels = self.spec.layout, call.widened
+        input = arrays.dense(input, layout)  # a copy only where its start is not aligned
+        wide = [arrays.widened(a, layout, pixels) for a in (offset, mask, result) if a is not None]
+        *sources, target = map(arrays.pointer, wide)
+        call.run((arrays.pointer(input), *sources, packed.pointer, bias_pointer, target))
+        arrays.take_back(wide[-1], layout, result)
         return result
 
     def _call_aligned(
@@ -267,10 +299,11 @@ class Kernel:
         """
         arrays = arrays_of(weight)
         arrays.check("weight", weight)
-        if tuple(weight.shape) != self.spec.weight_shape or arrays.dtype(weight) != self.spec.dtype:
+        check_dtype({"input": self.spec.dtype, "weight": arrays.dtype(weight)})
+        if tuple(weight.shape) != self.spec.weight_shape:
             raise SpecError(
-                f"weight must be {self.spec.dtype} of shape {self.spec.weight_shape} (Cout, Cin/groups, kh, "
-                f"kw) for {self!r}, got {arrays.dtype(weight)} of shape {tuple(weight.shape)}."
+                f"weight must have the shape {self.spec.weight_shape} (Cout, Cin/groups, kh, kw) for "
+                f"{self!r}, got {tuple(weight.shape)}."
             )
         weight = arrays.dense(weight, "NCHW")
         interface = self.artifact.kernel
@@ -372,7 +405,9 @@ class Kernel:
         call.item_mask = input.itemsize - 1
         call.threads, call.function = count, self._function
         if extents.batch:
-            call.plan = self._plan(extents, size, count)
+            pixels, least = size[0] * size[1], self.artifact.kernel.granule
+            call.widened = least if pixels < least else 0
+            call.plan = self._plan(extents, call.widened or pixels, size[1], count)
             call.sizes = [argument.bytes for argument in call.plan if isinstance(argument, Tensor)]
         return call
 
@@ -393,11 +428,10 @@ class Kernel:
         if isinstance(out, np.ndarray) and not out.flags.writeable:
             raise SpecError("out is read-only.")
 
-    def _plan(self, extents: Extents, size: tuple[int, int], count: int) -> list[Tensor | int]:
+    def _plan(self, extents: Extents, pixels: int, out_width: int, count: int) -> list[Tensor | int]:
         """Return the kernel's arguments."""
         spec, interface = self.spec, self.artifact.kernel
         batch, height, width = extents.batch, extents.height, extents.width
-        pixels = size[0] * size[1]
         tiles, units = partition(pixels, interface.granule, interface.max_tile_units, batch, count)
 
         def image(channels: int, extent: int) -> Tensor:
@@ -413,5 +447,5 @@ class Kernel:
             Tensor(interface.packed_shape, interface.packed_dtype),
             Tensor((spec.out_channels,), spec.accumulator_dtype),
             image(spec.out_channels, pixels),
-            *(height, width, size[1], batch * tiles, tiles, units),
+            *(height, width, out_width, batch * tiles, tiles, units),
         ]

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuning records: the best schedules found on a target, with where they come from.
 
-``<root>/<target tag>/meta.json`` holds one record per signature: decisions, times, provenance. Beside it lie
-MetaSchedule's own files (``database_workload.json``, ``database_tuning_record.json``) with the same schedules as
-traces. Roots are those of TVMDCN_RECORDS and the ``tuning_logs`` that ship with the package, in this order.
+``<root>/<target tag>/meta.json`` holds one record per signature: decisions, times, provenance. Roots are that of
+TVMDCN_RECORDS, or the user's data directory, and the ``tuning_logs`` that ship with the package, in this order.
+
+A record is decisions by name, not a trace: MetaSchedule's database of one layer takes 1.3 MB (the module is repeated
+in it, with its transpositions written out), and a trace can only be replayed on the very module it was made for.
 
 Records are for finding schedules. A report measures again, it never quotes a record's time.
 """
@@ -19,13 +21,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tvmdcn import env
-from tvmdcn.cache_key import package_directory
+from tvmdcn.cache_key import record_roots
 from tvmdcn.errors import BuildError, RecordsError, SpecError, SpecTypeError
 from tvmdcn.space import Decisions
 from tvmdcn.spec import DeformConv2dSpec, Extents
 
-__all__ = ["META", "Found", "Record", "TuningRecords", "shipped_root"]
+__all__ = ["META", "Found", "Record", "TuningRecords", "shipped_root", "user_root"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,9 +35,14 @@ _SCHEMA = 1
 _LIMIT = 16 << 20  # bytes
 
 
+def user_root() -> Path:
+    """Return where tuning puts its records: TVMDCN_RECORDS, or the user's data directory."""
+    return record_roots()[0]
+
+
 def shipped_root() -> Path:
     """Return the directory of the records that ship with the package (``tuning_logs`` in a checkout)."""
-    return package_directory("tuning_logs")
+    return record_roots()[1]
 
 
 @dataclass(frozen=True)
@@ -156,8 +162,7 @@ class TuningRecords:
         RecordsError
             If a file cannot be read.
         """
-        roots = [root for root in (env.records_dir(), shipped_root()) if root is not None]
-        found = [record for root in roots for record in cls.read(root, tag).records]
+        found = [record for root in record_roots() for record in cls.read(root, tag).records]
         return cls(tag, found)
 
     @classmethod

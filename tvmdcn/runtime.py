@@ -138,9 +138,12 @@ def _build(
         _log.info("building %s for %s (schedule: %s)", path.name, target.tag, schedule)
         try:
             from tvmdcn import builder
-        except ImportError as error:
+        except (ModuleNotFoundError, OSError) as error:
+            if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == __package__:
+                raise
             raise BuildError(
                 f"{path.name} is not in {root}, and cannot be built: the compiler is missing ({error}). "
                 "Install apache-tvm as tvmdcn pins it, or copy the cache of a machine that has it."
             ) from error
-        return builder.build(spec, target, schedule, cache_dir=root)
+        rebuild = env.build_mode() == "rebuild"
+        return builder.build(spec, target, schedule, cache_dir=root, rebuild=rebuild)

@@ -110,7 +110,8 @@ def deform_conv2d(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
     def at(tensor: te.Tensor, n: Any, channel: Any, pixel: Any) -> Any:
         return tensor[n, channel, pixel] if nchw else tensor[n, pixel, channel]
 
-    x = te.placeholder((batch, channels, size) if nchw else (batch, size * channels), spec.dtype, name="x")
+    # NHWC: one row of numbers, gathered from as such; `size` counts numbers there, and pixels in NCHW.
+    x = te.placeholder((batch, channels, size) if nchw else (batch, size), spec.dtype, name="x")
     offset = te.placeholder(plane(offset_groups * 2 * taps), spec.dtype, name="offset")
     mask = te.placeholder(plane(offset_groups * taps), spec.dtype, name="mask") if spec.mask else None
     weight = te.placeholder(packed_shape(spec, lanes), acc, name="weight")

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels compiled for tests: in processes of their own, because TVM holds Python's lock while it compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tvmdcn.kernel import Kernel
+from tvmdcn.problems import Tensors, make_tensors
+from tvmdcn.reference import reference
+from tvmdcn.space import Decisions
+from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.target import TargetInfo, detect_target, host_features, resolve_target
+
+# Three units and a bit, in two images, so that tiles end inside an image and the last unit overlaps; and an image
+# whose outputs may be fewer than one unit.
+SIZES = (Extents(2, 9, 10), Extents(1, 5, 6))
+
+
+def runnable_targets() -> dict[int, TargetInfo]:
+    """Return a target that this machine can run for each width of vectors in bits; the machine's own width first."""
+    host = detect_target()
+    targets = {host.vector_bits: host}
+    for name in ("x86-64-v4", "x86-64-v3", "x86-64-v2"):
+        target = resolve_target(name)
+        if target.arch == host.arch and target.features <= host_features():
+            targets.setdefault(target.vector_bits, target)
+    return targets
+
+
+def error_of(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest error over the largest value, infinite if what is not finite differs."""
+    assert found.shape == expected.shape
+    found, finite = found.astype(np.float64), np.isfinite(expected)
+    if not np.array_equal(found[~finite], expected[~finite], equal_nan=True):
+        return np.inf
+    worst = np.abs(found - expected)[finite].max(initial=0)
+    return float(worst / np.abs(expected[finite]).max(initial=1e-30)) if np.isfinite(worst) else np.inf
+
+
+def run(kernel: Kernel, tensors: Tensors, **options) -> np.ndarray:
+    """Call a kernel."""
+    return kernel(tensors.input, tensors.offset, tensors.weight, tensors.bias, tensors.mask, **options)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel to build; `schedule` as of `tvmdcn.build`."""
+
+    spec: DeformConv2dSpec
+    target: TargetInfo
+    schedule: str | Decisions = "default"
+    sizes: Sequence[Extents] = SIZES
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out: the manifest's account of the schedule, and the error for each of the sizes."""
+
+    schedule: dict
+    errors: list[float]
+
+
+def build_and_compare(job: Job, cache_dir: Path) -> Outcome:
+    """Build a kernel and compare it with the reference; the work of one process."""
+    from tvmdcn.builder import build
+
+    artifact = build(job.spec, job.target, job.schedule, cache_dir)
+    kernel = Kernel(artifact, job.threads)
+    errors = []
+    for seed, extents in enumerate(job.sizes):
+        tensors = make_tensors(job.spec, extents, seed, far=0.1)
+        errors.append(error_of(run(kernel, tensors), reference(job.spec, tensors)))
+    return Outcome(dict(artifact.schedule), errors)
+
+
+def build_only(spec: DeformConv2dSpec, schedule: str, cache_dir: Path) -> None:
+    """Build a kernel for this machine into a cache, for the process that asked to find it there."""
+    from tvmdcn.builder import build
+
+    build(spec, schedule=schedule, cache_dir=cache_dir)

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One trial of a tuning: build a schedule, check its numbers, measure it. Runs in worker processes.
+
+A worker can be killed when a trial hangs, and dies alone when generated code crashes. Candidates travel as decisions,
+not as programs: what is measured is what a build with these decisions gives a user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.target import TargetInfo
+
+__all__ = ["TOLERANCE", "Job", "Outcome", "Workers"]
+
+TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+"""Largest error of a result that may win, relative to the largest value of the reference."""
+
+_BURST = 0.12  # seconds of calls in a measurement, at least
+_MOST_CALLS, _FEWEST_CALLS = 200, 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all trials of a tuning share.
+
+    Parameters
+    ----------
+    spec : DeformConv2dSpec
+    extents : Extents
+    target : TargetInfo
+    threads : int
+    directory : Path
+        Private scratch directory; holds the inputs and the builds.
+    """
+
+    spec: DeformConv2dSpec
+    extents: Extents
+    target: TargetInfo
+    threads: int
+    directory: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the job as a dict of JSON types."""
+        return {
+            "spec": self.spec.to_json(),
+            "extents": asdict(self.extents),
+            "target": self.target.to_json(),
+            "threads": self.threads,
+            "directory": str(self.directory),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Job:
+        """Return the job that :meth:`to_json` wrote."""
+        return cls(
+            DeformConv2dSpec.from_json(data["spec"]),
+            Extents(**data["extents"]),
+            TargetInfo.from_json(data["target"]),
+            data["threads"],
+            Path(data["directory"]),
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended.
+
+    Parameters
+    ----------
+    seconds : tuple of float
+        Times of single calls; empty if the trial failed.
+    error : float
+        Largest error relative to the reference's largest value; NaN if nothing was computed.
+    reason : str
+        Empty, or why it failed: "build", "crash", "time-out" or "wrong result", with a detail after a colon.
+    """
+
+    seconds: tuple[float, ...] = ()
+    error: float = math.nan
+    reason: str = ""
+
+    @property
+    def median(self) -> float:
+        """The median time in seconds; infinite if the trial failed."""
+        return statistics.median(self.seconds) if self.seconds else math.inf
+
+
+def build_trial(job_data: Mapping[str, Any], decisions_data: Mapping[str, Any], name: str) -> str:
+    """Compile a candidate into ``<scratch>/<name>``. Runs in a worker; returns an error, or an empty text."""
+    from tvmdcn.builder import compile_schedule, interface_of, new_schedule
+    from tvmdcn.errors import BuildError
+    from tvmdcn.space import Decisions, space_of
+
+    job, decisions = Job.from_json(job_data), Decisions.from_json(decisions_data)
+    directory = job.directory / name
+    directory.mkdir(mode=0o700, exist_ok=True)
+    sch = new_schedule(job.spec, job.target)
+    space_of(job.spec.operator, job.target.kind).schedule(sch, job.spec, job.target, decisions)
+    try:
+        compile_schedule(job.spec, job.target, sch.mod).export_library(str(directory / "kernel.so"))
+    except BuildError as error:
+        return str(error)
+    interface = asdict(interface_of(job.spec, job.target, sch.mod))
+    manifest = directory / "manifest.json"
+    manifest.write_text(json.dumps(interface))
+    manifest.chmod(0o600)
+    return ""
+
+
+def _load(job: Job, name: str) -> Any:
+    """Return the kernel of a built candidate, as a user would have it."""
+    from tvmdcn.artifact import Artifact, KernelInterface
+    from tvmdcn.cache_key import CacheKey
+    from tvmdcn.kernel import Kernel
+
+    directory = job.directory / name
+    library = directory / "kernel.so"
+    library.chmod(0o700)
+    interface = KernelInterface.from_json(json.loads((directory / "manifest.json").read_text()))
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()
+    key = CacheKey.of(job.spec, job.target, "default")
+    return Kernel(Artifact(directory, key, job.spec, job.target, interface, {}, "", 0.0, digest), job.threads)
+
+
+_INPUTS: dict[Path, Any] = {}
+
+
+def _inputs(job: Job) -> Any:
+    if job.directory not in _INPUTS:
+        with np.load(job.directory / "inputs.npz") as data:
+            _INPUTS[job.directory] = {name: data[name] for name in data.files}
+    return _INPUTS[job.directory]
+
+
+def measure_trials(
+    job_data: Mapping[str, Any], names: Sequence[str], rounds: int = 1
+) -> list[tuple[list[float], float]]:
+    """Check and measure built candidates, taking turns for `rounds`. Runs in a worker.
+
+    Returns
+    -------
+    list of (times in seconds, relative error)
+    """
+    job = Job.from_json(job_data)
+    tensors = _inputs(job)
+    dtype = np.dtype(job.spec.dtype) if job.spec.dtype != "bfloat16" else _bfloat16()
+    give = {k: v.view(dtype) if k != "expected" and v.dtype != dtype else v for k, v in tensors.items()}
+    expected = give.pop("expected")
+    scale = float(np.abs(expected).max()) or 1.0
+    calls, results = [], []
+    for name in names:
+        kernel = _load(job, name)
+        weight = kernel.pack(give["weight"])
+        out = np.full(expected.shape, np.nan).astype(dtype)
+
+        def call(kernel: Any = kernel, weight: Any = weight, out: Any = out) -> None:
+            kernel(give["input"], give["offset"], weight, give.get("bias"), give.get("mask"), out=out)
+
+        call()
+        error = float(np.abs(out.astype("float64") - expected).max()) / scale
+        calls.append(call)
+        results.append(([], error if math.isfinite(error) else math.inf))
+    for turn in range(rounds):
+        # Rotated, and reversed every other time: no candidate always runs behind the same neighbour.
+        order = [(turn + i) % len(calls) for i in range(len(calls))][:: 1 if turn % 2 == 0 else -1]
+        for i in order:
+            calls[i]()
+            spent = 0.0
+            times: list[float] = results[i][0]
+            first = len(times)
+            while len(times) - first < _FEWEST_CALLS or (spent < _BURST and len(times) - first < _MOST_CALLS):
+                start = time.perf_counter()
+                calls[i]()
+                times.append(time.perf_counter() - start)
+                spent += times[-1]
+                if spent > 10 * _BURST:
+                    break
+    return results
+
+
+def _bfloat16() -> Any:
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+class Workers:
+    """The processes of a tuning: some that build, one that measures while nothing else runs.
+
+    Parameters
+    ----------
+    job : Job
+    builders : int
+    build_timeout, run_timeout : float
+        Seconds after which a trial is given up, and its process killed.
+    """
+
+    def __init__(self, job: Job, builders: int, build_timeout: float = 60.0, run_timeout: float = 60.0) -> None:
+        from tvm.support.popen_pool import PopenPoolExecutor
+
+        self.job = job
+        self._data = job.to_json()
+        self._builders = PopenPoolExecutor(max_workers=builders, timeout=build_timeout)
+        self._runner = PopenPoolExecutor(max_workers=1, timeout=run_timeout)
+        self._count = 0
+
+    def build(self, candidates: Sequence[Any]) -> list[tuple[str, str]]:
+        """Compile candidates (Decisions); return (name, reason of failure) for each."""
+        futures = []
+        for decisions in candidates:
+            self._count += 1
+            name = f"trial{self._count}"
+            futures.append((name, self._builders.submit(build_trial, self._data, decisions.to_json(), name)))
+        results = []
+        for name, future in futures:
+            try:
+                message = future.result()
+                results.append((name, f"build: {message}" if message else ""))
+            except TimeoutError:
+                results.append((name, "time-out: build"))
+            except Exception as error:  # whatever a worker ends with is the trial's failure, not the tuning's
+                results.append((name, f"build: {_first_line(error)}"))
+        return results
+
+    def measure(self, name: str) -> Outcome:
+        """Check and measure one built candidate."""
+        return self.measure_together([name], 1)[0]
+
+    def measure_together(self, names: Sequence[str], rounds: int) -> list[Outcome]:
+        """Check and measure built candidates in turns, for a fair comparison."""
+        limit = TOLERANCE[self.job.spec.dtype]
+        try:
+            rows = self._runner.submit(measure_trials, self._data, list(names), rounds).result()
+        except TimeoutError:
+            return [Outcome(reason="time-out: run")] * len(names)
+        except Exception as error:  # the worker died, or the call raised: the trial's failure
+            return [Outcome(reason=f"crash: {_first_line(error)}")] * len(names)
+        return [
+            Outcome(tuple(times), error)
+            if error <= limit
+            else Outcome(error=error, reason=f"wrong result: relative error {error:.1e} above {limit:.0e}")
+            for times, error in rows
+        ]
+
+    def discard(self, name: str) -> None:
+        """Delete a built candidate."""
+        shutil.rmtree(self.job.directory / name, ignore_errors=True)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A traceback from a worker ends with what happened.
+    return lines[-1][:200] if lines else type(error).__name__
