@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels compiled for tests: in processes of their own, because TVM holds Python's lock while it compiles."""
+"""Kernels compiled for tests, in processes of their own: TVM holds Python's lock while it compiles."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tvmdcn.space import Decisions
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo, detect_target, host_features, resolve_target
 
-# Three units and a bit, in two images, so that tiles end inside an image and the last unit overlaps; and an image
-# whose outputs may be fewer than one unit.
+# Three units and a bit, in two images, so that tiles end inside an image and the last unit overlaps; and an
+# image with hardly more than one unit of outputs, or fewer.
 SIZES = (Extents(2, 9, 10), Extents(1, 5, 6))
 
 
 def runnable_targets() -> dict[int, TargetInfo]:
-    """Return a target that this machine can run for each width of vectors in bits; the machine's own width first."""
+    """Return, for each width of vectors in bits, a target that this machine can run; its own width first."""
     host = detect_target()
     targets = {host.vector_bits: host}
     for name in ("x86-64-v4", "x86-64-v3", "x86-64-v2"):

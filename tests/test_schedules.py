@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The design space for CPUs: each of its schedules gives the reference's numbers, and the machine code it should.
+"""The design space for CPUs: its schedules give the reference's numbers, and the machine code they should.
 
 Everything that only needs a compiler runs for processors that this machine is not.
 """
@@ -7,15 +7,19 @@ Everything that only needs a compiler runs for processors that this machine is n
 from __future__ import annotations
 
 import dataclasses
+import re
+from typing import Any
 
 import pytest
 from compiled import Job, build_and_compare, runnable_targets
 
-from tvmdcn.space import Decisions, space_of
+from tvmdcn.errors import BuildError
+from tvmdcn.problems import PROBLEMS
+from tvmdcn.space import TILE_UNITS, VARIANT, Decisions, space_of
 from tvmdcn.spec import DeformConv2dSpec
-from tvmdcn.target import TargetInfo
+from tvmdcn.target import TargetInfo, resolve_target
 
-# Largest error over the largest value. float32: sums of up to 513 products; the halves: rounding of the output.
+# Largest error over the largest value: sums of up to 513 products; for the halves the output's rounding.
 TOLERANCES = {"float64": 1e-14, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
 
@@ -49,12 +53,18 @@ TARGETS = runnable_targets()
 HOST = next(iter(TARGETS.values()))
 
 
+SPACE = "deform_conv2d", "llvm"
+
+
 def variants(spec: DeformConv2dSpec, target: TargetInfo) -> list[str]:
-    return space_of(spec.operator, target.kind).variants(spec, target)
+    return space_of(*SPACE).variants(spec, target)
+
+
+# --- numbers -----------------------------------------------------------------------------------------------
 
 
 def jobs() -> dict[str, Job]:
-    """Return every variant of every kind in float32 and NCHW, and of each kind some other combinations in turn."""
+    """Return each kind in every variant in float32 and NCHW, and in some other combinations in turn."""
     found = {}
 
     def add(kind: str, spec: DeformConv2dSpec, target: TargetInfo, variant: str) -> None:
@@ -72,8 +82,8 @@ def jobs() -> dict[str, Job]:
     for kind, spec in KINDS.items():
         for variant in variants(spec, HOST):
             add(kind, spec, HOST, variant)
-        for _ in range(4):
-            # 7 is prime to the number of combinations, so that all come up, and not in the same company.
+        for _ in range(3):
+            # With 23 combinations (three widths), 7 brings them all up, each time in other company.
             dtype, layout, target = others[turn * 7 % len(others)]
             changed = dataclasses.replace(spec, dtype=dtype, layout=layout)
             names = variants(changed, target)
@@ -82,4 +92,217 @@ def jobs() -> dict[str, Job]:
     return found
 
 
-JOBS = jobs()
+# Decisions that are nobody's default; what cannot be has to give way to what can.
+DECIDED = {
+    "wide_register_tile": (
+        "four_blocks",
+        "full-4-tap",
+        {"register_pixels": 3, "unroll": 4, "tile_units": 48},
+    ),
+    "narrow_register_tile": ("plain", "full-2-tap", {"register_pixels": 1, "unroll": 8, "tile_units": 1}),
+    "small_chunks": ("plain", "split-2-tap", {"taps": 3, "channels": 8, "register_pixels": 8, "unroll": 8}),
+    "one_chunk": ("pointwise", "split-3-tap", {"taps": 1, "channels": 20, "unroll": 5, "tile_units": 3}),
+    "chunks_of_runs": ("offset_groups", "split-2-run", {"taps": 9, "channels": 2, "register_pixels": 6}),
+    "prime_chunks": ("uneven_offset_groups", "split-2-task", {"taps": 3, "channels": 19, "unroll": 1}),
+    "groups": ("groups", "full-1-task", {"register_pixels": 24, "unroll": 8, "tile_units": 2}),
+    "registers_of_depthwise": ("depthwise", "depthwise", {"register_blocks": 1, "tile_units": 3}),
+    "impossible": (
+        "plain",
+        "full-2-tap",
+        {"register_pixels": 99, "unroll": 7, "tile_units": 5, "unknown": 3},
+    ),
+    "of_another_layer": ("plain", "split-9-run", {"taps": 4, "channels": 100, "tile_units": 16}),
+}
+JOBS = jobs() | {name: Job(KINDS[kind], HOST, Decisions(*made)) for name, (kind, *made) in DECIDED.items()}
+
+
+@pytest.fixture(scope="session")
+def outcomes(request, compilers, session_cache_dir):
+    """What comes of the jobs of the tests that were selected, all begun at once."""
+    selected = (getattr(item, "callspec", None) for item in request.session.items)
+    names = {call.params["job"] for call in selected if call is not None and "job" in call.params}
+    return {name: compilers.submit(build_and_compare, JOBS[name], session_cache_dir) for name in names}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_numbers(outcomes, job):
+    errors = outcomes[job].result().errors
+    assert max(errors) <= TOLERANCES[JOBS[job].spec.dtype]
+
+
+@pytest.mark.parametrize("job", DECIDED)
+def test_decisions_are_followed(outcomes, job):
+    wanted = JOBS[job].schedule
+    made = outcomes[job].result().schedule["decisions"]
+    if wanted.variant in variants(JOBS[job].spec, HOST):
+        assert made["variant"] == wanted.variant
+    expected = {
+        "impossible": {"register_pixels": 12, "unroll": 4, "tile_units": 4},
+        "of_another_layer": {"register_pixels": 12, "unroll": 1, "tile_units": 16},
+    }.get(job, wanted.values)
+    assert made["values"].items() >= expected.items()
+
+
+def test_every_combination_comes_up():
+    seen = {(job.target.vector_bits, job.spec.dtype, job.spec.layout) for job in JOBS.values()}
+    assert len(seen) == len(TARGETS) * len(TOLERANCES) * 2
+
+
+# --- what a schedule looks like -----------------------------------------------------------------------------
+
+
+def scheduled(
+    spec: DeformConv2dSpec, target: TargetInfo, decisions: Decisions | None = None
+) -> tuple[Any, Any]:
+    """Return a TVM schedule, and what was decided."""
+    from tvmdcn.builder import new_schedule
+
+    sch = new_schedule(spec, target)
+    return sch, space_of(*SPACE).schedule(sch, spec, target, decisions)
+
+
+def blocks_of(sch) -> dict[str, tuple[Any, list[Any]]]:
+    """Return each block's realization and the loops around it, by name, in the order of the text."""
+    found = {}
+
+    def visit(stmt, loops):
+        if hasattr(stmt, "seq"):
+            for inner in stmt:
+                visit(inner, loops)
+        elif hasattr(stmt, "loop_var"):
+            visit(stmt.body, [*loops, stmt])
+        elif hasattr(stmt, "block"):
+            found[stmt.block.name_hint] = stmt, loops
+            visit(stmt.block.body, loops)
+
+    visit(sch.mod[SPACE[0]].body, [])
+    del found["root"]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_structure(kind):
+    from tvm.tirx import ForKind
+
+    spec = KINDS[kind]
+    sch, made = scheduled(spec, HOST)
+    blocks = blocks_of(sch)
+    first = blocks["pixel_0"][0].block.annotations
+    assert first[VARIANT] == made.variant
+    assert first[TILE_UNITS] == made.values["tile_units"]
+    for name, (realize, loops) in blocks.items():
+        # All but the image's stage is computed in one parallel loop over tiles.
+        kinds = [loop.kind for loop in loops]
+        assert kinds.count(ForKind.PARALLEL) == 1, name
+        assert kinds[0] == ForKind.PARALLEL, name
+        assert (loops[0].same_as(blocks["output"][1][0])) == (name != "channels_last"), name
+        # Everything has the tile's constant extents, but for channels that are no multiple of a vector.
+        lanes = HOST.vector_bits // 32
+        per_offset_group = spec.in_channels // spec.offset_groups
+        if name != "columns" or per_offset_group < lanes or per_offset_group % lanes == 0:
+            assert str(realize.predicate) in ("True", "T.bool(True)"), name
+        if name not in ("channels_last", "output", "pixel_0", "pixel_1"):
+            assert kinds[-1] == ForKind.VECTORIZED, name
+    product = next(name for name in ("product_rf_update", "product_update") if name in blocks)
+    innermost = blocks[product][1][::-1]
+    assert {loop.kind for loop in innermost[1:3]} <= {ForKind.UNROLLED, ForKind.SERIAL}
+
+
+def test_spaces_are_found_by_name():
+    assert space_of(*SPACE).operator == SPACE[0]
+    with pytest.raises(BuildError, match="no design space for deform_conv2d on targets of kind 'tpu'"):
+        space_of(SPACE[0], "tpu")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        {},
+        {"variant": 1, "values": {}},
+        {"variant": "a", "values": {"b": 1.0}},
+        {"variant": "a", "values": []},
+    ],
+)
+def test_other_things_are_no_decisions(data):
+    with pytest.raises(BuildError, match="not decisions as"):
+        Decisions.from_json(data)
+
+
+def test_decisions_survive_json():
+    decisions = Decisions("full-2-tap", {"unroll": 2})
+    assert Decisions.from_json(decisions.to_json()) == decisions
+
+
+# --- machine code -------------------------------------------------------------------------------------------
+
+
+def assembly(spec: DeformConv2dSpec, target: TargetInfo) -> str:
+    from tvmdcn.builder import compile_schedule
+
+    return compile_schedule(spec, target, scheduled(spec, target)[0].mod).mod.inspect_source("s")
+
+
+def loops_of(code: str) -> list[list[str]]:
+    """Return the instructions of each loop, from the target of a jump backwards to the jump."""
+    lines = [re.split(r"\s*(?:#|//)", line)[0].strip() for line in code.splitlines()]
+    labels = {line[:-1]: index for index, line in enumerate(lines) if line.endswith(":")}
+    loops = []
+    for index, line in enumerate(lines):
+        words = line.split()
+        if len(words) > 1 and words[0][0] in "jbct" and labels.get(words[-1], index) < index:
+            body = lines[labels[words[-1]] : index + 1]
+            loops.append([text for text in body if text and not text.endswith(":") and text[0] != "."])
+    return loops
+
+
+JUMP = r"j|b\.|cb|tb|b "
+
+
+def matches(pattern: str, lines: list[str]) -> int:
+    return sum(re.match(pattern, line.expandtabs(1)) is not None for line in lines)
+
+
+# What keeps two FMA units busy has little else in its loop: no predicate, and no register spilled.
+PRODUCT_LOOPS = {
+    # problem, processor: multiply-adds on which registers, at least how many, and as which part of the loop
+    ("r50_c3", "znver5"): (r"vfmadd\w+ps .*%zmm", 24, 0.55),
+    ("r50_c4", "znver5"): (r"vfmadd\w+ps .*%zmm", 24, 0.55),
+    ("r50_c4", "cascadelake"): (r"vfmadd\w+ps .*%zmm", 24, 0.55),
+    ("r50_c4", "x86-64-v3"): (r"vfmadd\w+ps .*%ymm", 12, 0.5),
+    ("r50_c4", "llvm-aarch64"): (r"fmla v\d+\.4s", 24, 0.5),
+    ("edvr_align", "znver5"): (r"vfmadd\w+ps .*%zmm", 24, 0.55),
+    ("grouped32", "znver5"): (r"vfmadd\w+ps .*%ymm", 12, 0.5),
+}
+STACK = r".*(%[re][sb]p|\[(sp|x29))"
+STORE = r"v?mov[au]p[sd] %.*\(|v?mov[dq\w]+ %[xyz]mm.*\(|st[rpu]+ [qvd]"
+
+
+@pytest.mark.parametrize(("problem", "processor"), PRODUCT_LOOPS)
+def test_product_loop(problem, processor):
+    pattern, count, share = PRODUCT_LOOPS[problem, processor]
+    loops = loops_of(assembly(PROBLEMS[problem].spec, resolve_target(processor)))
+    # Sampling multiplies as well, and stores what it sampled; the product keeps its sums in registers.
+    products = [
+        loop
+        for loop in loops
+        if matches(pattern, loop) >= count
+        and matches(JUMP, loop) == 1
+        and not any(matches(STORE, [line]) and not matches(STACK, [line]) for line in loop)
+    ]
+    assert products
+    for loop in products:
+        assert matches(STACK, loop) == 0
+        assert matches(pattern, loop) / len(loop) >= share
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pattern"),
+    [("float64", r"fmla\s+v\d+\.2d"), ("float16", r"fcvtl\s+v\d+\.4s"), ("bfloat16", r"shll?\s+v\d+\.4s")],
+)
+@pytest.mark.parametrize("kind", ["uneven_offset_groups", "depthwise"])
+def test_neon(kind, dtype, pattern):
+    spec = dataclasses.replace(KINDS[kind], dtype=dtype, layout="NHWC")
+    code = assembly(spec, resolve_target("llvm-aarch64"))
+    assert re.search(pattern, code.expandtabs(1))
+    assert re.search(r"fmla\s+v\d+\.[24][sd]", code.expandtabs(1))

@@ -56,12 +56,6 @@ class Arrays(Protocol):
     def accumulators(self, array: Any, dtype: str) -> Any:
         """Return a dense one-dimensional array converted to `dtype`."""
 
-    def widened(self, array: Any, layout: str, pixels: int) -> Any:
-        """Return a copy of an image as [N, C, pixels] or [N, pixels, C], its pixels followed by zeros."""
-
-    def take_back(self, wide: Any, layout: str, array: Any) -> None:
-        """Copy the first pixels of what :meth:`widened` returned into an image of the original size."""
-
     def mark_written(self, array: Any) -> None:
         """Note that a kernel writes into an array of the caller's."""
 
@@ -130,24 +124,6 @@ class NumpyArrays:
     def accumulators(array: Any, dtype: str) -> Any:
         """Return the array converted."""
         return np.require(array, dtype, ("C", "A"))
-
-    @staticmethod
-    def widened(array: Any, layout: str, pixels: int) -> Any:
-        """Return a copy with more pixels."""
-        flat = _flat(array, layout)
-        if layout == "NCHW":
-            wide = np.zeros((*flat.shape[:2], pixels), flat.dtype)
-            wide[:, :, : flat.shape[2]] = flat
-        else:
-            wide = np.zeros((flat.shape[0], pixels, flat.shape[2]), flat.dtype)
-            wide[:, : flat.shape[1]] = flat
-        return wide
-
-    @staticmethod
-    def take_back(wide: Any, layout: str, array: Any) -> None:
-        """Copy the first pixels into an array."""
-        flat = _flat(array, layout)
-        flat[...] = wide[:, : flat.shape[1], : flat.shape[2]]
 
     @staticmethod
     def mark_written(array: Any) -> None:
@@ -268,39 +244,9 @@ class TorchArrays:
                     "will): call inside torch.no_grad() or torch.inference_mode(), or detach the tensors."
                 )
 
-    def widened(self, array: Any, layout: str, pixels: int) -> Any:
-        """Return a copy with more pixels."""
-        flat = self._flat(array, layout)
-        if layout == "NCHW":
-            wide = flat.new_zeros((*flat.shape[:2], pixels))
-            wide[:, :, : flat.shape[2]] = flat
-        else:
-            wide = flat.new_zeros((flat.shape[0], pixels, flat.shape[2]))
-            wide[:, : flat.shape[1]] = flat
-        return wide
-
-    def take_back(self, wide: Any, layout: str, array: Any) -> None:
-        """Copy the first pixels into a tensor."""
-        flat = self._flat(array, layout)
-        flat.copy_(wide[:, : flat.shape[1], : flat.shape[2]])
-
-    @staticmethod
-    def _flat(array: Any, layout: str) -> Any:
-        """Return a view of a dense image with its pixels in one axis, in the order of memory."""
-        if layout == "NHWC":
-            array = array.permute(0, 2, 3, 1)
-            return array.reshape(array.shape[0], -1, array.shape[3])
-        return array.reshape(*array.shape[:2], -1)
-
     def mark_written(self, array: Any) -> None:
         """Tell autograd that the values of a tensor have changed."""
         self._torch.autograd.graph.increment_version(array)
-
-
-def _flat(array: Any, layout: str) -> Any:
-    """Return a view of a dense NumPy image with its pixels in one axis."""
-    batch, channels = array.shape[0], array.shape[1 if layout == "NCHW" else 3]
-    return array.reshape((batch, channels, -1) if layout == "NCHW" else (batch, -1, channels))
 
 
 _numpy = NumpyArrays()

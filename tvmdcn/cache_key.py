@@ -70,7 +70,7 @@ def source_digest() -> str:
 
 
 def record_roots() -> list[Path]:
-    """Return where tuning records lie: the user's (TVMDCN_RECORDS, or the data directory), then those that ship."""
+    """Return where tuning records lie: the user's (TVMDCN_RECORDS or a data directory), then ours."""
     user = env.records_dir()
     if user is None:
         import platformdirs  # only the default needs it, and imports must stay cheap

@@ -25,8 +25,9 @@ from tvmdcn import threads as thread_pool
 from tvmdcn.arrays import NumpyArrays, TorchArrays, arrays_of
 from tvmdcn.artifact import Artifact
 from tvmdcn.errors import SpecError
-from tvmdcn.native import Frame, Function, Tensor
+from tvmdcn.native import Frame, Tensor
 from tvmdcn.partition import partition
+from tvmdcn.prepared import PreparedCall, WidenedCall
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo
 from tvmdcn.validation import check_dtype, check_int
@@ -39,57 +40,6 @@ _log = logging.getLogger(__name__)
 # Detectors call with ever new sizes: prepared calls (3 KB each) and packed weights are dropped, oldest first.
 _MAX_CALLS = 256
 _MAX_WEIGHTS = 32
-
-
-class _Call:
-    """What stays the same for all calls of the same shapes, strides, dtypes and number of threads."""
-
-    __slots__ = (
-        "bias_dtype",
-        "copies",
-        "frames",
-        "function",
-        "item_mask",
-        "out_shape",
-        "plan",
-        "sizes",
-        "threads",
-        "widened",
-    )
-
-    def __init__(self) -> None:
-        self.copies = False
-        self.bias_dtype: str | None = None
-        self.out_shape: tuple[int, ...] = ()
-        self.item_mask = 0
-        self.threads = 1
-        self.function: Function
-        self.plan: list[Tensor | int] | None = None  # None: nothing to compute (batch 0)
-        self.sizes: list[int] = []  # bytes of the tensors of the plan
-        self.widened = 0  # pixels of a copy that is made where there are fewer than the kernel computes
-        self.frames: list[Frame] = []
-
-    def refuse_overlap(self, sources: tuple[int, ...], target: int) -> None:
-        """Raise SpecError if the output would be written into an input."""
-        *sizes, size = self.sizes
-        for start, length in zip(sources, sizes, strict=True):
-            if start < target + size and target < start + length:
-                raise SpecError("out shares memory with an input: it would be overwritten while it is read.")
-
-    def run(self, pointers: tuple[int, ...]) -> None:
-        """Call the compiled function on tensors at these addresses, in the order of its arguments."""
-        # Frames not in use; another thread in the same call takes or makes another one.
-        try:
-            frame = self.frames.pop()
-        except IndexError:
-            assert self.plan is not None
-            frame = Frame(self.function, self.plan)
-        words = frame.words
-        for at, pointer in zip(frame.pointers, pointers):  # noqa: B905 - equal by construction; 0.1 us
-            words[at] = pointer
-        thread_pool.use_threads(self.threads)
-        frame.run()
-        self.frames.append(frame)
 
 
 def _aligned(shape: tuple[int, ...], dtype: str, alignment: int) -> np.ndarray:
@@ -128,7 +78,7 @@ class Kernel:
         self._name = artifact.path.name
         self._bias = np.zeros(self.spec.out_channels, self.spec.accumulator_dtype)
         self._no_bias = NumpyArrays.pointer(self._bias)
-        self._calls: dict[Hashable, _Call] = {}
+        self._calls: dict[Hashable, PreparedCall] = {}
         self._weights: dict[int, CachedWeight] = {}
         self._lock = threading.Lock()  # for changes of the two; looking up needs none
 
@@ -215,10 +165,8 @@ class Kernel:
                 bias = arrays.accumulators(bias, call.bias_dtype)
             bias_pointer = arrays.pointer(bias)
         result = arrays.empty(input, call.out_shape, self.spec.layout) if out is None else out
-        if call.plan is None:
+        if not call.plan:
             return result
-        if call.widened:
-            return self._call_small(call, arrays, input, offset, packed, bias_pointer, mask, result)
         try:
             image, field, target = arrays.pointer(input), arrays.pointer(offset), arrays.pointer(result)
             modulation = 0 if mask is None else arrays.pointer(mask)
@@ -229,15 +177,12 @@ class Kernel:
             self._check_memory(arrays, input=input, offset=offset, mask=mask, out=out)
         if (image | field | modulation | bias_pointer | target) & call.item_mask:
             return self._call_aligned(arrays, input, offset, packed, bias, mask, out)
-        sources = (
-            (image, field, packed.pointer, bias_pointer)
-            if mask is None
-            else (image, field, modulation, packed.pointer, bias_pointer)
-        )
+        middle = (packed.pointer, bias_pointer, target)
+        pointers = (image, field, *middle) if mask is None else (image, field, modulation, *middle)
         if out is not None:
-            call.refuse_overlap(sources, target)
+            call.refuse_overlap(pointers)
             arrays.mark_written(out)
-        call.run((*sources, target))
+        call.run(pointers)
         return result
 
     @staticmethod
@@ -246,27 +191,6 @@ class Kernel:
         for name, array in named.items():
             if array is not None:
                 arrays.check(name, array)
-
-    def _call_small(
-        self,
-        call: _Call,
-        arrays: Any,
-        input: Any,
-        offset: Any,
-        packed: PackedWeight,
-        bias_pointer: int,
-        mask: Any,
-        result: Any,
-    ) -> Any:
-        """Call with copies that have as many pixels as the kernel computes at least."""
-        self._check_memory(arrays, input=input, offset=offset, mask=mask, out=result)
-        layout, pixels = self.spec.layout, call.widened
-        input = arrays.dense(input, layout)  # a copy only where its start is not aligned
-        wide = [arrays.widened(a, layout, pixels) for a in (offset, mask, result) if a is not None]
-        *sources, target = map(arrays.pointer, wide)
-        call.run((arrays.pointer(input), *sources, packed.pointer, bias_pointer, target))
-        arrays.take_back(wide[-1], layout, result)
-        return result
 
     def _call_aligned(
         self, arrays: Any, input: Any, offset: Any, packed: PackedWeight, bias: Any, mask: Any, out: Any
@@ -346,7 +270,7 @@ class Kernel:
         mask: Any,
         out: Any,
         count: int,
-    ) -> _Call:
+    ) -> PreparedCall:
         """Check a call's arguments, and lay out what stays the same for all calls like it."""
         spec = self.spec
         named = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
@@ -385,8 +309,8 @@ class Kernel:
                 )
                 + ". Load a kernel for them, or call tvmdcn.deform_conv2d."
             )
-        call = _Call()
         size = spec.output_size(extents.height, extents.width)
+        call = self._lay_out(extents, size, count)
         call.out_shape = (extents.batch, spec.out_channels, *size)
         if out is not None:
             self._check_out(arrays, out, call.out_shape)
@@ -403,13 +327,17 @@ class Kernel:
         if bias is not None and (spec.dtype != spec.accumulator_dtype or not arrays.is_dense(bias, "NCHW")):
             call.bias_dtype = spec.accumulator_dtype
         call.item_mask = input.itemsize - 1
-        call.threads, call.function = count, self._function
-        if extents.batch:
-            pixels, least = size[0] * size[1], self.artifact.kernel.granule
-            call.widened = least if pixels < least else 0
-            call.plan = self._plan(extents, call.widened or pixels, size[1], count)
-            call.sizes = [argument.bytes for argument in call.plan if isinstance(argument, Tensor)]
         return call
+
+    def _lay_out(self, extents: Extents, size: tuple[int, int], count: int) -> PreparedCall:
+        """Return the call of the compiled function for these sizes."""
+        if not extents.batch:
+            return PreparedCall(self._function, [], count)
+        pixels, least = size[0] * size[1], self.artifact.kernel.granule
+        plan = self._plan(extents, pixels, size[1], count)
+        if pixels >= least:
+            return PreparedCall(self._function, plan, count)
+        return WidenedCall(self._function, plan, count, self._plan(extents, least, size[1], count))
 
     def _check_out(self, arrays: NumpyArrays | TorchArrays, out: Any, shape: tuple[int, ...]) -> None:
         spec = self.spec

@@ -55,13 +55,13 @@ def variants(spec: DeformConv2dSpec, target: TargetInfo) -> list[str]:
     blocks = _blocks(spec, _lanes(spec, target))
     # Two or four vectors amortise the broadcasts; a count that does not divide the blocks would compute padding.
     counts = [n for n in (2, 4, 1, 3) if blocks % n == 0 and (n > 1 or blocks == 1 or blocks % 2)]
-    plans = ["tap", "task"] if spec.offset_groups == 1 or spec.groups > 1 else ["tap", "run", "task"]
+    plans = ["tap", "task"] if spec.offset_groups == 1 or spec.groups > 1 else ["tap", "run", "task", "pix", "unit"]
     reductions = ["full", "split"] if spec.groups == 1 else ["full"]
     # Columns of four units should leave half of the second-level cache to the weights.
     if spec.groups == 1 and 4 * _column_bytes(spec) > (target.l2_bytes or 1 << 20) // 2:
         reductions.reverse()
     if spec.offset_groups == 1:
-        plans = ["tap"] if spec.groups == 1 else ["tap", "task"]
+        plans = ["tap", "unit"] if spec.groups == 1 else ["tap", "task", "unit"]
     return [f"{reduction}-{n}-{plan}" for plan in plans for n in counts for reduction in reductions]
 
 
@@ -86,7 +86,7 @@ def deform_conv2d(
     lanes = _lanes(spec, target)
     sch.annotate(block("pixel_0"), VARIANT, variant)
     if spec.layout == "NCHW":
-        sch.parallel(sch.fuse(*sch.get_loops(block("x_nhwc"))))
+        sch.parallel(sch.fuse(*sch.get_loops(block("channels_last"))))
     if variant == "depthwise":
         _depthwise(sch, block, spec, target, choices, lanes)
         return
@@ -158,9 +158,12 @@ def _columns(
     sch.compute_at(columns, at, preserve_unit_loops=True)
     u, i, k, o, c = sch.get_loops(columns)[-5:]
     c0, c1 = sch.split(c, [None, _sampling_lanes(spec, target)])
-    sch.reorder(k, o, u, i, c0, c1)
+    if plan_at in ("run", "task", "unit"):
+        sch.reorder(k, o, u, i, c0, c1)
+    else:
+        sch.reorder(k, u, i, o, c0, c1)
     sch.vectorize(c1)
-    _plan(sch, block, {"tap": k, "run": o, "task": task}[plan_at], task)
+    _plan(sch, block, {"tap": k, "run": o, "task": task, "unit": u, "pix": task}[plan_at], task)
 
 
 def _sampling_lanes(spec: DeformConv2dSpec, target: TargetInfo) -> int:

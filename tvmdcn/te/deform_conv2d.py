@@ -8,7 +8,7 @@ One kernel serves every batch, height and width. Pixels of the output are number
 last units may reach past the end. Everything inside a unit has a constant extent, so that the
 register kernel needs no predicate.
 
-Blocks, in order: ``x_nhwc`` (NCHW only), ``pixel_0``, ``pixel_1``, the sampling plan (``position_*``, ``index_*``,
+Blocks, in order: ``channels_last`` (NCHW only), ``pixel_0``, ``pixel_1``, the sampling plan (``position_*``, ``index_*``,
 ``weight_*``), ``columns``, ``product``, ``output``. Their names are the contract with `schedules/`.
 """
 
@@ -25,6 +25,8 @@ from tvmdcn.te.layout import TOKEN, Epilogue, declare_reads, store_tile, to_chan
 from tvmdcn.te.sampling import interpolate, sampling_plan
 
 __all__ = ["GRANULE", "deform_conv2d", "is_depthwise", "lanes_for", "pack_weight", "packed_shape"]
+
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 GRANULE = 24
 """Pixels in a unit: a multiple of every register tile worth having (1, 2, 3, 4, 6, 8, 12, 24 pixels)."""
@@ -116,7 +118,7 @@ def deform_conv2d(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
     mask = te.placeholder(plane(offset_groups * taps), spec.dtype, name="mask") if spec.mask else None
     weight = te.placeholder(packed_shape(spec, lanes), acc, name="weight")
     bias = te.placeholder((spec.out_channels,), acc, name="bias")
-    # The copy of an NCHW image has a pixel of zeros at its end, from which corners outside are read.
+    # The copy of an NCHW image has, for each offset group, a pixel of zeros from which corners outside are read.
     image = x if not nchw else te.placeholder((batch, (size + 1) * channels), spec.dtype, name="image")
 
     def first_pixel(t: Any, u: Any) -> Any:
@@ -141,15 +143,17 @@ def deform_conv2d(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
         (offset_groups, taps, *tile_shape),
         position,
         (height, width),
-        channels,
+        per_offset_group if nchw else channels,
         acc,
         modulation=modulation if spec.mask else None,
         zero_pixel=size if nchw else None,
     )
 
     def sample(t: Any, u: Any, i: Any, k: Any, o: Any, c: Any) -> Any:
+        group = o * (size + 1) * per_offset_group if nchw else o * per_offset_group
+
         def read(index: Any) -> Any:
-            return _cast(image[t // tiles, index + (o * per_offset_group + c)], spec.dtype, acc)
+            return _cast(image[t // tiles, index + group + c], spec.dtype, acc)
 
         return interpolate(plan, (o, k, t, u, i), read)
 
@@ -180,19 +184,23 @@ def deform_conv2d(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
     tensors = [x, offset, *([mask] if spec.mask else []), weight, bias]
     scalars = [height, width, out_width, tasks, tiles, tile_units]
     staged = te.create_prim_func([*tensors, *([image] if nchw else []), result, *scalars])
-    return _with_layout_stages(staged, spec, lanes, pixels)
+    # A caller's tensors lie anywhere; the packed weight is the runtime's own.
+    given = dict.fromkeys(("x", "offset", "mask"), _ITEM_BYTES[spec.dtype])
+    staged = with_alignment(staged, {**given, "bias": _ITEM_BYTES[acc]})
+    return _with_layout_stages(staged, spec, lanes)
 
 
-def _with_layout_stages(staged: tirx.PrimFunc, spec: DeformConv2dSpec, lanes: int, pixels: Any) -> tirx.PrimFunc:
-    """Put ``x_nhwc`` before and ``output`` behind the TE stages; image and product become intermediate."""
+def _with_layout_stages(staged: tirx.PrimFunc, spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
+    """Put ``channels_last`` before and ``output`` behind the TE stages; image and product become intermediate."""
     params = {p.name: p for p in staged.params}
     nchw, batch = spec.layout == "NCHW", params["x"].shape[0]
+    pixels = params["offset"].shape[2 if nchw else 1]
     shape = (batch, spec.out_channels, pixels) if nchw else (batch, pixels, spec.out_channels)
-    out = tirx.decl_buffer(shape, spec.dtype, name="out")
+    out = tirx.decl_buffer(shape, spec.dtype, name="out", data_alignment=_ITEM_BYTES[spec.dtype])
     root, image = staged.body.block, params["image" if nchw else "x"]
     stages = [declare_reads(root.body, "columns", image, [(0, batch), TOKEN])]
     if nchw:
-        stages.insert(0, to_channels_last(params["x"], image, spec.in_channels, spec.dtype, lanes))
+        stages.insert(0, to_channels_last(params["x"], image, spec.offset_groups, spec.dtype, lanes))
 
     def first_pixel(t: Any, u: Any) -> Any:
         return first_pixel_of_unit(t, u, params["tiles"], params["tile_units"], pixels)
@@ -203,11 +211,7 @@ def _with_layout_stages(staged: tirx.PrimFunc, spec: DeformConv2dSpec, lanes: in
     inner = [params[name] for name in ("image", "product") if name in params]
     block = SBlock([], [], [], "root", tirx.SeqStmt(stages), alloc_buffers=[*root.alloc_buffers, *inner])
     outer = [out if p.name == "product" else p for p in staged.params if p.name != "image"]
-    func = tirx.PrimFunc(outer, SBlockRealize([], True, block), attrs=staged.attrs)
-    # A caller's tensors lie anywhere; the packed weight is the runtime's own.
-    item = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-    given = dict.fromkeys(("x", "offset", "mask", "out"), item[spec.dtype])
-    return with_alignment(func, {**given, "bias": item[spec.accumulator_dtype]})
+    return tirx.PrimFunc(outer, SBlockRealize([], True, block), attrs=staged.attrs)
 
 
 def pack_weight(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:

@@ -25,7 +25,7 @@ TOKEN = (0, 1)
 """Region in which the image's stage and its reader are said to meet.
 
 The schedule proves that a stage writes what the next reads; of a gather from an image of free size it cannot, and need
-not: ``x_nhwc`` stays a stage of its own before the tiles. So both sides declare one element, which keeps their order.
+not: ``channels_last`` stays a stage of its own before the tiles. So both sides declare one element, which keeps their order.
 """
 
 
@@ -94,6 +94,11 @@ def cast_vector(value: Expr, source: str, target: str, lanes: int) -> Expr:
     return value if source == target else tirx.Cast(vector_dtype(target, lanes), value)
 
 
+def reinterpreted(value: Expr, source: str, target: str, lanes: int) -> Expr:
+    """Return the same bits as another type of the same width, where needed."""
+    return value if source == target else tirx.reinterpret(vector_dtype(target, lanes), value)
+
+
 def transpose_into(
     rows: Sequence[Expr], dtype: str, emit: Callable[[int, Expr], tirx.Stmt], name: str = "r"
 ) -> list[tirx.Stmt]:
@@ -151,44 +156,52 @@ def pixel_strips(count: int, lanes: int) -> list[tuple[int, int]]:
     return strips
 
 
-def to_channels_last(x: tirx.Buffer, image: tirx.Buffer, channels: int, dtype: str, lanes: int) -> tirx.Stmt:
-    """Return the stage ``x_nhwc``: ``image[n, p*channels + c] = x[n, c, p]``, and a pixel of zeros behind the last.
+def to_channels_last(x: tirx.Buffer, image: tirx.Buffer, groups: int, dtype: str, lanes: int) -> tirx.Stmt:
+    """Return the stage ``channels_last``: each group's pixels one behind the other, then a pixel of zeros.
+
+    ``image[n, (g*(size + 1) + p)*width + c] = x[n, g*width + c, p]`` for groups of `width` channels. With several
+    offset groups the channels that are sampled together so lie together: the two corners of a row of a cell share a
+    cache line (edvr_align, 8 groups of 8 channels: see schedules/llvm/deform_conv2d.py).
 
     Square blocks; the last block of a row or column overlaps its neighbour.
     """
-    batch, _, size = x.shape
+    batch, channels, size = x.shape
+    width = int(channels) // groups
+    # TVM lowers no shuffle of bfloat16; what is only moved can as well be an integer.
+    bits = "uint16" if dtype == "bfloat16" else dtype
     side = lanes
-    while side > channels:
+    while side > width:
         side //= 2
 
     def body(n: Expr, pb: Expr) -> tirx.Stmt:
-        cb = tirx.Var("cb", "int32")
-        c0 = cb * side if channels % side == 0 else tirx.min(cb * side, channels - side)
+        g, cb = tirx.Var("g", "int32"), tirx.Var("cb", "int32")
+        c0 = cb * side if width % side == 0 else tirx.min(cb * side, width - side)
         p0 = tirx.min(pb * side, size - side)
-        rows = [tirx.BufferLoad(x, [n, c0 + r, lanes_at(p0, side)]) for r in range(side)]
-        blocks = transpose_into(
-            rows,
-            dtype,
-            lambda j, v: tirx.BufferStore(image, v, [n, lanes_at((p0 + j) * channels + c0, side)]),
-            name="x",
-        )
-        p, c = tirx.Var("p", "int32"), tirx.Var("c", "int32")
-        plain = tirx.BufferStore(image, tirx.BufferLoad(x, [n, c, p]), [n, p * channels + c])
-        z = tirx.Var("z", "int32")
-        zeros = tirx.BufferStore(image, tirx.const(0.0, dtype), [n, size * channels + z])
+        loads = [tirx.BufferLoad(x, [n, g * width + c0 + r, lanes_at(p0, side)]) for r in range(side)]
+        rows = [reinterpreted(row, dtype, bits, side) for row in loads]
+
+        def emit(j: int, column: Expr) -> tirx.Stmt:
+            first = (g * (size + 1) + p0 + j) * width + c0
+            column = reinterpreted(column, bits, dtype, side)
+            return tirx.BufferStore(image, column, [n, lanes_at(first, side)])
+
+        blocks = serial(g, groups, serial(cb, -(-width // side), tirx.SeqStmt(transpose_into(rows, bits, emit, "x"))))
+        p, c, h = (tirx.Var(name, "int32") for name in ("p", "c", "h"))
+        read = tirx.BufferLoad(x, [n, h * width + c, p])
+        small = tirx.BufferStore(image, read, [n, (h * (size + 1) + p) * width + c])
+        z, k = tirx.Var("z", "int32"), tirx.Var("k", "int32")
+        zero = tirx.BufferStore(image, tirx.const(0.0, dtype), [n, (k * (size + 1) + size) * width + z])
         return tirx.SeqStmt(
             [
                 tirx.IfThenElse(
-                    size >= side,
-                    serial(cb, -(-channels // side), tirx.SeqStmt(blocks)),
-                    serial(p, size, serial(c, channels, plain)),
+                    size >= side, blocks, serial(h, groups, serial(p, size, serial(c, width, small)))
                 ),
-                tirx.IfThenElse(pb == 0, serial(z, channels, zeros), None),
+                tirx.IfThenElse(pb == 0, serial(k, groups, serial(z, width, zero)), None),
             ]
         )
 
     return block_nest(
-        "x_nhwc",
+        "channels_last",
         [("n", batch), ("p", (size + side - 1) // side)],
         lambda n, p: [region(x, n, (0, channels), (0, size))],
         lambda n, p: [region(image, n, TOKEN)],
