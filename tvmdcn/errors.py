@@ -12,6 +12,7 @@ __all__ = [
     "ArtifactError",
     "ArtifactMissing",
     "BuildError",
+    "MissingExtra",
     "RecordsError",
     "SettingError",
     "SpecError",
@@ -55,3 +56,7 @@ class TuningError(TvmdcnError, RuntimeError):
 
 class RecordsError(TvmdcnError, RuntimeError):
     """A database of tuning records is damaged, or does not fit what is asked of it."""
+
+
+class MissingExtra(TvmdcnError, ImportError):  # noqa: N818 - named after what is missing
+    """A package that only some commands need is not installed."""

@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The log of a tuning: one line per trial, written when it ends, so that a killed tuning has lost nothing.
+"""The log of a tuning: one line per trial, on disk when it ends, so that a killed tuning has lost nothing.
 
-``<root>/<target tag>/trials/<name>.jsonl``. The first line says what was tuned; a line that was cut by a kill is
-dropped by the next run.
+``<root>/<target tag>/trials/<name>-t<threads>.jsonl``. The first line says what was tuned; a line that was cut
+by a kill is dropped by the next run.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tvmdcn.errors import RecordsError
+from tvmdcn.errors import BuildError, RecordsError
 from tvmdcn.report_data import Trial, TuningHistory
 from tvmdcn.space import Decisions
 
-__all__ = ["TrialLog", "TrialRow", "drop_torn_line", "histories"]
+__all__ = ["TrialLog", "TrialRow", "histories", "read_log"]
 
 _SCHEMA = 1
 
@@ -52,24 +53,42 @@ class TrialRow:
             "elapsed": round(self.elapsed, 2),
         }
 
+    @classmethod
+    def from_json(cls, data: Any) -> TrialRow:
+        """Return the row that :meth:`to_json` wrote.
 
-def drop_torn_line(path: Path) -> None:
+        Raises
+        ------
+        RecordsError
+            If a field is missing or has an impossible value.
+        """
+        try:
+            seconds, reason, elapsed = data["seconds"], data["reason"], data["elapsed"]
+            decisions = Decisions.from_json(data["decisions"])
+        except (KeyError, TypeError, BuildError) as error:
+            raise RecordsError(f"not a trial: {type(error).__name__}: {error}") from error
+        if not isinstance(reason, str) or bool(reason) is not (seconds is None):
+            raise RecordsError("a trial must have either a time or a reason why it has none.")
+        if (seconds is not None and not _is_time(seconds)) or not _is_time(elapsed, zero=True):
+            raise RecordsError("a time is not a positive number.")
+        return cls(decisions, None if seconds is None else float(seconds), reason, float(elapsed))
+
+
+def _is_time(value: Any, zero: bool = False) -> bool:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        return False
+    return bool(value > 0 or (zero and value == 0))
+
+
+def _drop_torn_line(path: Path) -> None:
     """Cut an unfinished last line off a file of lines."""
     if not path.is_file():
         return
     with open(path, "rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        keep = size
-        while keep:
-            start = max(0, keep - 65536)
-            file.seek(start)
-            at = file.read(keep - start).rfind(b"\n")
-            if at >= 0:
-                keep = start + at + 1
-                break
-            keep = start
-        if keep != size:
-            file.truncate(keep)
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            file.truncate(whole)
 
 
 class TrialLog:
@@ -91,15 +110,16 @@ class TrialLog:
         self.path = path
         self.rows: list[TrialRow] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        drop_torn_line(path)
-        expected = {"schema": _SCHEMA, **header}
+        _drop_torn_line(path)
+        expected = json.loads(json.dumps({"schema": _SCHEMA, **header}))
         if path.is_file() and path.stat().st_size:
-            found, rows = _read(path)
+            found, self.rows = read_log(path)
             if {k: found.get(k) for k in expected} != expected:
+                differ = ", ".join(sorted(k for k in expected if found.get(k) != expected[k]))
                 raise RecordsError(
-                    f"{path} is the log of another tuning. Delete it, or name another folder with --output."
+                    f"{path} is the log of another tuning: {differ} differ. Delete it, tune under another "
+                    "name, or into another folder."
                 )
-            self.rows = rows
         else:
             self._append(expected)
 
@@ -115,26 +135,31 @@ class TrialLog:
             os.fsync(file.fileno())
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[TrialRow]]:
+def read_log(path: Path) -> tuple[dict[str, Any], list[TrialRow]]:
+    """Return the header and the trials of a log; a last line that is being written is passed over.
+
+    Raises
+    ------
+    RecordsError
+        If it cannot be read, or a line is none of a log; the message names the line.
+    """
+    number = 0
     try:
-        lines = path.read_text().splitlines()
-        header = json.loads(lines[0])
-        rows = []
-        for number, line in enumerate(lines[1:], 2):
+        lines = path.read_bytes().split(b"\n")[:-1]
+        rows: list[TrialRow] = []
+        header: Any = {}
+        for number, line in enumerate(lines, 1):
             data = json.loads(line)
-            seconds = data["seconds"]
-            rows.append(
-                TrialRow(
-                    Decisions.from_json(data["decisions"]),
-                    None if seconds is None else float(seconds),
-                    str(data["reason"]),
-                    float(data["elapsed"]),
-                )
-            )
-        return dict(header), rows
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        where = f", line {number}" if "number" in locals() else ""
-        raise RecordsError(f"{path}{where} cannot be read: {error}. Delete it and tune again.") from error
+            if number == 1:
+                header = data
+                if not isinstance(header, dict) or header.get("schema") != _SCHEMA:
+                    raise RecordsError(f"its schema is not {_SCHEMA}.")
+            else:
+                rows.append(TrialRow.from_json(data))
+        return header, rows
+    except (OSError, ValueError, RecursionError, RecordsError) as error:
+        where = f", line {number}" if number else ""
+        raise RecordsError(f"{path}{where} cannot be read: {error} Delete it and tune again.") from error
 
 
 def histories(folder: Path) -> Iterator[TuningHistory]:
@@ -146,12 +171,12 @@ def histories(folder: Path) -> Iterator[TuningHistory]:
         If one cannot be read.
     """
     for path in sorted(Path(folder).rglob("trials/*.jsonl")):
-        header, rows = _read(path)
+        header, rows = read_log(path)
         trials = [
             Trial(
                 index=index,
                 time_ms=None if row.seconds is None else 1e3 * row.seconds,
-                reason=row.reason or None,
+                reason=row.reason.partition(":")[0] or None,  # the details would make each its own kind
                 elapsed_s=row.elapsed,
                 decisions={
                     "variant": row.decisions.variant,

@@ -1,34 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """The search for a schedule: MetaSchedule's evolution and cost model over our design spaces.
 
-Kernels are free in N, H and W. MetaSchedule wants functions of fixed shapes, but looks only at the signature of the
-entry function: so its module holds the kernel as it ships, and beside it an empty ``main`` with the representative
-sizes. What is tuned is what is built.
+Kernels are free in N, H and W. MetaSchedule wants functions of fixed shapes, but looks only at the signature
+of the entry function: so its module holds the kernel as it ships, and beside it an empty ``main`` with the
+representative sizes. What is tuned is what is built.
+
+MetaSchedule's database is kept in memory and filled from the log of trials (:mod:`tvmdcn.history`). On disk
+it would be a second truth, and reading a damaged one ends the process with a segmentation fault.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+import signal
 import sys
+import threading
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import tirx
-from tvm.s_tir import meta_schedule as ms
 from tvm.ir.utils import derived_object
+from tvm.s_tir import meta_schedule as ms
 
 from tvmdcn.builder import new_schedule
 from tvmdcn.space import VARIANT, Decisions, DesignSpace, space_of
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo
 
-__all__ = ["Candidate", "Search"]
+__all__ = ["Candidate", "Search", "uninterrupted"]
 
 _FAILED = [1e10]  # seconds; MetaSchedule's own mark of a failed measurement
 _WARM_UP = 12  # measurements before the cost model is trusted
@@ -47,8 +52,29 @@ class Candidate:
         return self.decisions.variant, tuple(sorted(self.decisions.values.items()))
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends.
+
+    MetaSchedule calls Python back from C++. An exception there, and KeyboardInterrupt is one, becomes an
+    unrelated RuntimeError, or ends the process with a segmentation fault (seen with TVM 0.27).
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield  # signals go to the main thread; and where they are ignored nothing is to be held back
+        return
+    held: list[Any] = []
+    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if held:
+            previous(*held[0])
+
+
 def _without_intrinsics() -> None:
-    """Keep ``TuneContext`` from importing every tensor intrinsic of TVM: half a minute, and none is used here."""
+    """Keep ``TuneContext`` from importing every tensor intrinsic: half a minute, and none is used here."""
     name = "tvm.s_tir.tensor_intrin"
     if name not in sys.modules:
         sys.modules[name] = types.ModuleType(name)
@@ -80,14 +106,12 @@ class _Features(ms.feature_extractor.PyFeatureExtractor):
 
     def extract_from(self, context: Any, candidates: Any) -> Any:
         """Return one row per candidate: which variant, and the logarithm of each decision."""
-        return [
-            tvm.runtime.tensor(self._space.row(candidate.sch.trace)[None, :]) for candidate in candidates
-        ]
+        return [tvm.runtime.tensor(self._space.row(candidate.sch.trace)[None, :]) for candidate in candidates]
 
 
 @derived_object
 class _MutateCategorical(ms.mutator.PyMutator):
-    """Moves one categorical decision to a neighbouring candidate; MetaSchedule's own mutators leave them alone."""
+    """Moves one categorical decision to a neighbour; MetaSchedule's own mutators leave them alone."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -145,14 +169,10 @@ class Search:
     ----------
     spec, extents, target
         The layer, its representative sizes, and the target.
-    directory : Path
-        Holds MetaSchedule's database; what is in it already is learnt from.
     seed : int
     """
 
-    def __init__(
-        self, spec: DeformConv2dSpec, extents: Extents, target: TargetInfo, directory: Path, seed: int
-    ) -> None:
+    def __init__(self, spec: DeformConv2dSpec, extents: Extents, target: TargetInfo, seed: int) -> None:
         _without_intrinsics()
         self._spec, self._target = spec, target
         self._space = space_of(spec.operator, target.kind)
@@ -162,10 +182,13 @@ class Search:
         module.update(tvm.IRModule({"main": _entry(spec, extents)}))
         self._module = module
         self._args_info = ms.arg_info.ArgInfo.from_entry_func(module)
-        self._database = ms.database.JSONDatabase(work_dir=str(directory))
+        self._database = ms.database.MemoryDatabase()
         self._workload = self._database.commit_workload(module)
         self._model = ms.cost_model.XGBModel(
-            extractor=_Features(self.names), num_warmup_samples=_WARM_UP, adaptive_training=False, num_tuning_cores=1
+            extractor=_Features(self.names),
+            num_warmup_samples=_WARM_UP,
+            adaptive_training=False,
+            num_tuning_cores=1,
         )
         self._context = ms.TuneContext(
             mod=module,
@@ -190,7 +213,6 @@ class Search:
         )
         self._started = False
         self._pending: list[Any] = []
-        self._learn_from_database()
 
     def _variants(self, sch: Any) -> list[Any]:
         schedules = []
@@ -200,13 +222,6 @@ class Search:
             schedules.append(copy)
         return schedules
 
-    def _learn_from_database(self) -> None:
-        records = [r for r in self._database.get_all_tuning_records() if r.workload.same_as(self._workload)]
-        if records:
-            candidates = [record.as_measure_candidate() for record in records]
-            results = [ms.runner.RunnerResult([float(s) for s in r.run_secs], None) for r in records]
-            self._model.update(self._context, candidates, results)
-
     def candidate(self, decisions: Decisions) -> Candidate:
         """Return the candidate of given decisions."""
         sch = tvm.s_tir.Schedule(self._module, debug_mask="none")
@@ -214,11 +229,14 @@ class Search:
         return Candidate(made, ms.MeasureCandidate(sch, self._args_info))
 
     def propose(self, count: int, trials_left: int) -> list[Candidate]:
-        """Return up to `count` candidates that the cost model thinks well of; none if the space is exhausted."""
+        """Return up to `count` candidates that the cost model thinks well of; none if there are no more."""
         if not self._started:
             self._context.pre_tuning(
-                max_trials=1 << 20, num_trials_per_iter=count, design_spaces=None,
-                database=self._database, cost_model=self._model,
+                max_trials=1 << 20,
+                num_trials_per_iter=count,
+                design_spaces=None,
+                database=self._database,
+                cost_model=self._model,
             )
             self._started = True
         proposed = self._context.generate_measure_candidates()
@@ -239,7 +257,7 @@ class Search:
         outcomes : mapping
             From a candidate's identity to its times in seconds, None if it failed.
         candidates : sequence of Candidate
-            Those to be kept in the database.
+            Those that were measured; `outcomes` may hold more.
         """
         results = []
         for candidate in candidates:
@@ -253,6 +271,16 @@ class Search:
             )
         if candidates:
             self._model.update(self._context, [c.measurable for c in candidates], results)
+
+    def recall(self, trials: Iterable[tuple[Decisions, float | None]]) -> None:
+        """Take in the trials of earlier runs: decisions, and seconds or None for a failure."""
+        outcomes: dict[Any, list[float] | None] = {}
+        candidates = []
+        for decisions, seconds in trials:
+            candidate = self.candidate(decisions)
+            outcomes[candidate.identity] = None if seconds is None else [seconds]
+            candidates.append(candidate)
+        self.learn(outcomes, candidates)
 
     def end_round(self, outcomes: Mapping[Any, Sequence[float] | None]) -> None:
         """Tell the evolution how the candidates of the last `propose` did, the skipped ones included."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One trial of a tuning: build a schedule, check its numbers, measure it. Runs in worker processes.
 
-A worker can be killed when a trial hangs, and dies alone when generated code crashes. Candidates travel as decisions,
-not as programs: what is measured is what a build with these decisions gives a user.
+A worker can be killed when a trial hangs, and dies alone when generated code crashes. Candidates travel as
+decisions, not as programs: what is measured is what a build with these decisions gives a user.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tvmdcn.space import Decisions
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo
 
@@ -99,10 +100,10 @@ class Outcome:
 
 
 def build_trial(job_data: Mapping[str, Any], decisions_data: Mapping[str, Any], name: str) -> str:
-    """Compile a candidate into ``<scratch>/<name>``. Runs in a worker; returns an error, or an empty text."""
+    """Compile a candidate into ``<scratch>/<name>``; return an error, or an empty text. Runs in a worker."""
     from tvmdcn.builder import compile_schedule, interface_of, new_schedule
     from tvmdcn.errors import BuildError
-    from tvmdcn.space import Decisions, space_of
+    from tvmdcn.space import space_of
 
     job, decisions = Job.from_json(job_data), Decisions.from_json(decisions_data)
     directory = job.directory / name
@@ -160,7 +161,8 @@ def measure_trials(
     give = {k: v.view(dtype) if k != "expected" and v.dtype != dtype else v for k, v in tensors.items()}
     expected = give.pop("expected")
     scale = float(np.abs(expected).max()) or 1.0
-    calls, results = [], []
+    calls: list[Callable[[], None]] = []
+    results: list[tuple[list[float], float]] = []
     for name in names:
         kernel = _load(job, name)
         weight = kernel.pack(give["weight"])
@@ -179,7 +181,7 @@ def measure_trials(
         for i in order:
             calls[i]()
             spent = 0.0
-            times: list[float] = results[i][0]
+            times = results[i][0]
             first = len(times)
             while len(times) - first < _FEWEST_CALLS or (spent < _BURST and len(times) - first < _MOST_CALLS):
                 start = time.perf_counter()
@@ -208,7 +210,9 @@ class Workers:
         Seconds after which a trial is given up, and its process killed.
     """
 
-    def __init__(self, job: Job, builders: int, build_timeout: float = 60.0, run_timeout: float = 60.0) -> None:
+    def __init__(
+        self, job: Job, builders: int, build_timeout: float = 60.0, run_timeout: float = 60.0
+    ) -> None:
         from tvm.support.popen_pool import PopenPoolExecutor
 
         self.job = job
@@ -217,9 +221,28 @@ class Workers:
         self._runner = PopenPoolExecutor(max_workers=1, timeout=run_timeout)
         self._count = 0
 
-    def build(self, candidates: Sequence[Any]) -> list[tuple[str, str]]:
-        """Compile candidates (Decisions); return (name, reason of failure) for each."""
-        futures = []
+    def __enter__(self) -> Workers:
+        """Return the workers; the end of the block ends their processes."""
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        """End the processes, whatever they are doing."""
+        for pool in (self._builders, self._runner):
+            pool.shutdown()
+
+    def build(self, candidates: Sequence[Decisions]) -> list[tuple[str, str]]:
+        """Compile candidates; return (name, reason of failure) for each."""
+        futures: list[tuple[str, Any]] = []
+        try:
+            return self._build(candidates, futures)
+        finally:
+            # After Ctrl-C, what has not begun must not begin: the pool would wait for it in the end.
+            for _, future in futures:
+                future.cancel()
+
+    def _build(
+        self, candidates: Sequence[Decisions], futures: list[tuple[str, Any]]
+    ) -> list[tuple[str, str]]:
         for decisions in candidates:
             self._count += 1
             name = f"trial{self._count}"
@@ -232,7 +255,7 @@ class Workers:
             except TimeoutError:
                 results.append((name, "time-out: build"))
             except Exception as error:  # whatever a worker ends with is the trial's failure, not the tuning's
-                results.append((name, f"build: {_first_line(error)}"))
+                results.append((name, f"build: {_last_line(error)}"))
         return results
 
     def measure(self, name: str) -> Outcome:
@@ -247,7 +270,7 @@ class Workers:
         except TimeoutError:
             return [Outcome(reason="time-out: run")] * len(names)
         except Exception as error:  # the worker died, or the call raised: the trial's failure
-            return [Outcome(reason=f"crash: {_first_line(error)}")] * len(names)
+            return [Outcome(reason=f"crash: {_last_line(error)}")] * len(names)
         return [
             Outcome(tuple(times), error)
             if error <= limit
@@ -260,7 +283,7 @@ class Workers:
         shutil.rmtree(self.job.directory / name, ignore_errors=True)
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A traceback from a worker ends with what happened.
     return lines[-1][:200] if lines else type(error).__name__

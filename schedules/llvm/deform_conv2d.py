@@ -13,15 +13,20 @@ Structural variants, named ``<reduction>-<vectors>-<plan>``:
   begin to end. ``split``: taps and channels come in chunks, whose partial sums are added to the tile in memory; for
   wide layers, whose columns would not stay in the cache.
 * vectors of output channels in the register tile.
-* plan: computed per ``tap`` (all offset groups), per ``run`` of channels in one offset group, or per ``task``.
+* plan: computed per ``unit`` of pixels, one offset group and tap at a time, so that it stays in registers and the
+  group's part of the image in the first-level cache; per ``tap``, for all offset groups; or per ``task``, shared by
+  all groups of the convolution.
 
-Measured on an AMD Zen 5 server (AVX-512, one thread, November 2026, r50_c3): product 78 % of the time at 225 GFLOP/s,
-of which its inner loop reads 24 broadcasts and 4 vectors for 48 fused multiply-adds and spills nothing; sampling 13 %;
-the two transpositions 5 %.
+Read in assembly (AVX-512, r50_c3): two steps of the product's inner loop are 48 fused multiply-adds, 24 broadcasts and
+4 aligned loads, 80 instructions in all, nothing spilled; a sample takes 4 loads of indices, 4 multiply-adds from memory
+with the weights, and a store per vector of channels. Measured there (Zen 5 server, one thread, 2026-11): product 78 % of
+the time at 225 GFLOP/s, sampling 13 %, the two transpositions 5 %. With eight offset groups (edvr_align): product 40 %,
+sampling 43 %, most of it waiting for the image in the second-level cache.
 """
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 from tvmdcn.space import TILE_UNITS, VARIANT, Choices, design_space
@@ -55,7 +60,8 @@ def variants(spec: DeformConv2dSpec, target: TargetInfo) -> list[str]:
     blocks = _blocks(spec, _lanes(spec, target))
     # Two or four vectors amortise the broadcasts; a count that does not divide the blocks would compute padding.
     counts = [n for n in (2, 4, 1, 3) if blocks % n == 0 and (n > 1 or blocks == 1 or blocks % 2)]
-    plans = ["tap", "task"] if spec.offset_groups == 1 or spec.groups > 1 else ["tap", "run", "task", "pix", "unit"]
+    # Groups are sampled together where they share a plan.
+    plans = ["unit", "tap"] if spec.groups == 1 else ["unit", "tap", "task"]
     reductions = ["full", "split"] if spec.groups == 1 else ["full"]
     # Columns of four units should leave half of the second-level cache to the weights.
     if spec.groups == 1 and 4 * _column_bytes(spec) > (target.l2_bytes or 1 << 20) // 2:
@@ -158,12 +164,10 @@ def _columns(
     sch.compute_at(columns, at, preserve_unit_loops=True)
     u, i, k, o, c = sch.get_loops(columns)[-5:]
     c0, c1 = sch.split(c, [None, _sampling_lanes(spec, target)])
-    if plan_at in ("run", "task", "unit"):
-        sch.reorder(k, o, u, i, c0, c1)
-    else:
-        sch.reorder(k, u, i, o, c0, c1)
+    order = (o, k, u, i) if plan_at == "unit" else (k, u, i, o)
+    sch.reorder(*order, c0, c1)
     sch.vectorize(c1)
-    _plan(sch, block, {"tap": k, "run": o, "task": task, "unit": u, "pix": task}[plan_at], task)
+    _plan(sch, block, spec, target, {"unit": u, "tap": k, "task": task}[plan_at], task)
 
 
 def _sampling_lanes(spec: DeformConv2dSpec, target: TargetInfo) -> int:
@@ -173,12 +177,17 @@ def _sampling_lanes(spec: DeformConv2dSpec, target: TargetInfo) -> int:
     )
 
 
-def _plan(sch: Any, block: Any, at: Any, task: Any) -> None:
+def _plan(sch: Any, block: Any, spec: DeformConv2dSpec, target: TargetInfo, at: Any, task: Any) -> None:
     """Compute the sampling plan in vectors along the pixels of a unit."""
+    # Vectors that divide a unit: with 24 lanes LLVM builds each broadcast from scalar inserts, and edvr_align takes
+    # 12.4 ms, with 8 it takes 11.7 (Zen 5, one thread, 2026-11).
+    lanes = gcd(GRANULE, target.vector_bits // 8 // _ITEM[spec.accumulator_dtype])
     for name in plan_blocks(2):
         stage = block(name)
         sch.compute_at(stage, at, preserve_unit_loops=True)
-        sch.vectorize(sch.get_loops(stage)[-1])
+        strip, lane = sch.split(sch.get_loops(stage)[-1], [None, lanes])
+        sch.unroll(strip)
+        sch.vectorize(lane)
     for name in ("pixel_1", "pixel_0"):
         sch.compute_at(block(name), task, preserve_unit_loops=True)
 
@@ -198,7 +207,7 @@ def _depthwise(
     sch.unroll(s_b)
     sch.vectorize(s_v)
     sch.reverse_compute_at(block("output"), t, preserve_unit_loops=True)
-    _plan(sch, block, t, t)
+    _plan(sch, block, spec, target, u, t)
     sch.unroll(b1)
     sch.vectorize(v)
     plan_bytes = GRANULE * spec.taps * spec.offset_groups * 64

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The packages that only some commands need, and which extra of tvmdcn brings them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from tvmdcn.errors import MissingExtra
+
+__all__ = ["EXTRAS", "explain", "require"]
+
+# Modules by extra. tests/test_cli.py compares the table with pyproject.toml.
+EXTRAS = {
+    "tune": ("xgboost", "psutil", "cloudpickle"),
+    "report": ("jinja2", "markupsafe", "matplotlib"),
+    "torch": ("torch",),
+    "bench": ("onnxruntime", "openvino", "onnx"),
+}
+
+
+def _message(purpose: str, modules: list[str], extra: str) -> str:
+    return f"{purpose} needs {', '.join(modules)}, not installed here. Install with: pip install 'tvmdcn[{extra}]'"
+
+
+def require(extra: str, purpose: str) -> None:
+    """Check that the packages of an extra can be imported, before anything is begun.
+
+    Parameters
+    ----------
+    extra : str
+        A key of :data:`EXTRAS`.
+    purpose : str
+        What needs them, for the message.
+
+    Raises
+    ------
+    MissingExtra
+        If one is missing; the message names all that are, and the command that installs them.
+    """
+    missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
+    if missing:
+        raise MissingExtra(_message(purpose, missing, extra), name=missing[0])
+
+
+def explain(error: ImportError, purpose: str) -> str | None:
+    """Return what to install after an import has failed; None if the module belongs to no extra."""
+    if isinstance(error, MissingExtra):
+        return str(error)
+    module = (error.name or "").partition(".")[0]
+    extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
+    return None if extra is None else _message(purpose, [module], extra)
