@@ -38,7 +38,7 @@ def error_of(found: np.ndarray, expected: np.ndarray) -> float:
     found, finite = found.astype(np.float64), np.isfinite(expected)
     if not np.array_equal(found[~finite], expected[~finite], equal_nan=True):
         return np.inf
-    worst = np.abs(found - expected)[finite].max(initial=0)
+    worst = np.abs(found[finite] - expected[finite]).max(initial=0)
     return float(worst / np.abs(expected[finite]).max(initial=1e-30)) if np.isfinite(worst) else np.inf
 
 

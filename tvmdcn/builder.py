@@ -17,7 +17,7 @@ from tvmdcn.artifact import Artifact, KernelInterface, build_once
 from tvmdcn.cache_key import CacheKey
 from tvmdcn.errors import BuildError, SpecError, SpecTypeError
 from tvmdcn.records import TuningRecords
-from tvmdcn.space import TILE_UNITS, Decisions, space_of
+from tvmdcn.space import TILE_UNITS, UNIT_BYTES, Decisions, space_of
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.target import TargetInfo, resolve_target
 from tvmdcn.te import Operator, operator_of
@@ -32,6 +32,8 @@ PACKED_ALIGNMENT = 64
 """Bytes; the packed weight is the runtime's own, so that its loads can be aligned ones."""
 
 _NAIVE_TILE_UNITS = 48
+_TASK_BYTES = 4 << 20
+"""What a thread may take for its tile, whatever a search would like."""
 
 
 def lanes_of(spec: DeformConv2dSpec, target: TargetInfo) -> int:
@@ -55,9 +57,9 @@ def naive_schedule(spec: DeformConv2dSpec, target: TargetInfo) -> Any:
     return sch
 
 
-def _tile_units(operator: Operator, module: Any) -> int:
-    """Return the largest tile that a schedule was made for, from its annotation."""
-    found: list[int] = []
+def _annotations(operator: Operator, module: Any) -> dict[str, int]:
+    """Return what a schedule has noted about itself on its blocks."""
+    found: dict[str, int] = {}
 
     def visit(stmt: Any) -> None:
         if isinstance(stmt, tirx.SeqStmt):
@@ -66,19 +68,21 @@ def _tile_units(operator: Operator, module: Any) -> int:
         elif isinstance(stmt, tirx.For):
             visit(stmt.body)
         elif hasattr(stmt, "block"):
-            found.extend(int(v) for k, v in stmt.block.annotations.items() if k == TILE_UNITS)
+            found.update({k: int(v) for k, v in stmt.block.annotations.items() if k in (TILE_UNITS, UNIT_BYTES)})
             visit(stmt.block.body)
 
     visit(module[operator.name].body)
-    return found[0] if found else _NAIVE_TILE_UNITS
+    return found
 
 
 def interface_of(spec: DeformConv2dSpec, target: TargetInfo, module: Any) -> KernelInterface:
     """Return how the kernel of a scheduled module is called."""
     operator = operator_of(spec)
+    noted = _annotations(operator, module)
+    most = _TASK_BYTES // noted.get(UNIT_BYTES, 1)
     return KernelInterface(
         granule=operator.granule,
-        max_tile_units=_tile_units(operator, module),
+        max_tile_units=max(1, min(noted.get(TILE_UNITS, _NAIVE_TILE_UNITS), most)),
         packed_shape=operator.packed_shape(spec, lanes_of(spec, target)),
         packed_dtype=spec.accumulator_dtype,
         layout=spec.layout,

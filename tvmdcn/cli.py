@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import platform
 import time
@@ -11,6 +12,7 @@ from importlib import metadata
 import click
 
 from tvmdcn.errors import TvmdcnError
+from tvmdcn.extras import explain
 
 __all__ = ["main"]
 
@@ -60,10 +62,19 @@ class _LazyGroup(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run a subcommand; report our own errors as a message, not as a traceback."""
+        """Run a subcommand; report errors that a user can mend as a message, not as a traceback."""
         try:
             return super().invoke(ctx)
         except TvmdcnError as error:
+            raise click.ClickException(str(error)) from error
+        except ImportError as error:
+            message = explain(error, f"tvmdcn {ctx.invoked_subcommand or ''}".rstrip())
+            if message is None:
+                raise
+            raise click.ClickException(message) from error
+        except OSError as error:  # a file that cannot be written, a full disk
+            if error.errno == errno.EPIPE:
+                raise
             raise click.ClickException(str(error)) from error
 
 

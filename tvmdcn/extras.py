@@ -19,7 +19,7 @@ EXTRAS = {
 
 
 def _message(purpose: str, modules: list[str], extra: str) -> str:
-    return f"{purpose} needs {', '.join(modules)}, not installed here. Install with: pip install 'tvmdcn[{extra}]'"
+    return f"{purpose} needs {' and '.join(modules)}, not installed here: pip install 'tvmdcn[{extra}]'"
 
 
 def require(extra: str, purpose: str) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The log of a tuning: one line per trial, on disk when it ends, so that a killed tuning has lost nothing.
 
-``<root>/<target tag>/trials/<name>-t<threads>.jsonl``. The first line says what was tuned; a line that was cut
-by a kill is dropped by the next run.
+``<root>/<target tag>/trials/<name>-t<threads>.jsonl``. The first line says what was tuned; a line that was
+cut by a kill is dropped by the next run.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ with images as [N, channels, pixels] (NCHW) or [N, pixels, channels] (NHWC), ``t
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Hashable
 from dataclasses import fields
@@ -30,7 +31,7 @@ from tvmdcn.partition import partition
 from tvmdcn.prepared import PreparedCall, WidenedCall
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo
-from tvmdcn.validation import check_dtype, check_int
+from tvmdcn.validation import INT32_MAX, check_dtype, check_int
 from tvmdcn.weights import CachedWeight, PackedWeight
 
 __all__ = ["Kernel", "PackedWeight"]
@@ -336,8 +337,26 @@ class Kernel:
         pixels, least = size[0] * size[1], self.artifact.kernel.granule
         plan = self._plan(extents, pixels, size[1], count)
         if pixels >= least:
+            self._check_indices(extents, plan)
             return PreparedCall(self._function, plan, count)
-        return WidenedCall(self._function, plan, count, self._plan(extents, least, size[1], count))
+        wide = self._plan(extents, least, size[1], count)
+        self._check_indices(extents, wide)
+        return WidenedCall(self._function, plan, count, wide)
+
+    def _check_indices(self, extents: Extents, plan: list[Tensor | int]) -> None:
+        """Refuse sizes that each tensor may have, but not what a kernel makes of them: indices are int32."""
+        spec, image = self.spec, extents.height * extents.width
+        counts = [math.prod(argument.shape) for argument in plan if isinstance(argument, Tensor)]
+        counts.append(extents.batch * (image + 1) * spec.in_channels)  # channels last, with a pixel of zeros
+        if self.artifact.key.schedule == "naive":
+            tasks, _, units = (argument for argument in plan[-3:] if isinstance(argument, int))
+            counts.append(tasks * units * self.artifact.kernel.granule * spec.taps * spec.in_channels)
+        # A place outside is marked by a number that has to outweigh a pixel's (te/sampling.py).
+        if max(counts) > INT32_MAX or image >= 1 << 30:
+            raise SpecError(
+                f"{self!r} would need indices beyond 32 bits for a batch of {extents.batch} images of "
+                f"{extents.height} x {extents.width}. Split the batch or the image."
+            )
 
     def _check_out(self, arrays: NumpyArrays | TorchArrays, out: Any, shape: tuple[int, ...]) -> None:
         spec = self.spec

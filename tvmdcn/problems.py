@@ -32,6 +32,7 @@ __all__ = [
     "make_tensors",
     "numpy_dtype",
     "parse_problem",
+    "problem_text",
     "real_layer",
 ]
 
@@ -227,7 +228,7 @@ def parse_problem(text: str) -> Problem:
             return table[text]
     parts = [part.strip() for part in text.split(",")]
     sizes = [part for part in parts if "=" not in part]
-    if len(parts) == 1 or len(sizes) != 5 or parts[:5] != sizes or not all(map(str.isdecimal, sizes)):
+    if len(parts) == 1 or len(sizes) != 5 or parts[:5] != sizes or not all(map(_is_number, sizes)):
         names = ", ".join(PROBLEMS)
         raise SpecError(f"problem {shown(text)} is neither a name nor of the form {_FORM}. Names: {names}.")
     batch, in_channels, height, width, out_channels = map(int, sizes)
@@ -243,11 +244,46 @@ def parse_problem(text: str) -> Problem:
             fields.get(name, default) for name, default in (("kernel_size", 3), ("dilation", 1))
         )
         pairs = [(value, value) if isinstance(value, int) else value for value in (kernel, dilation)]
-        fields["padding"] = tuple(max(d * (k - 1) // 2, 0) for k, d in zip(*pairs, strict=True))
+        fields["padding"] = _same_padding(*pairs)
     spec = DeformConv2dSpec(in_channels, out_channels, **fields)
     extents = Extents(batch, height, width)
     spec.output_size(height, width)
     return Problem(text, spec, extents, "described on request")
+
+
+def problem_text(spec: DeformConv2dSpec, extents: Extents) -> str:
+    """Return the description from which :func:`parse_problem` makes the same layer."""
+    top, left, bottom, right = spec.padding
+    padding = (top, left, bottom, right) if (top, left) != (bottom, right) else (top, left)
+    given = {
+        "k": (spec.kernel_size, (3, 3)),
+        "s": (spec.stride, (1, 1)),
+        "p": (padding, _same_padding(spec.kernel_size, spec.dilation)),
+        "d": (spec.dilation, (1, 1)),
+        "g": (spec.groups, 1),
+        "og": (spec.offset_groups, 1),
+        "mask": (int(spec.mask), 1),
+        "dtype": (spec.dtype, "float32"),
+        "layout": (spec.layout, "NCHW"),
+    }
+    sizes = (extents.batch, spec.in_channels, extents.height, extents.width, spec.out_channels)
+    options = (
+        f"{key}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for key, (value, default) in given.items()
+        if value != default
+    )
+    return ",".join((*map(str, sizes), *options))
+
+
+def _same_padding(kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
+    """Return the padding that keeps the size at stride 1 for odd kernels."""
+    vertical, horizontal = (max(d * (k - 1) // 2, 0) for k, d in zip(kernel, dilation, strict=True))
+    return vertical, horizontal
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a number that fits an index; Python refuses to convert thousands of digits."""
+    return re.fullmatch(r"[0-9]{1,18}", text) is not None
 
 
 def _option(key: str, value: str, text: str) -> Any:
@@ -258,12 +294,13 @@ def _option(key: str, value: str, text: str) -> Any:
         if value not in ("0", "1"):
             raise SpecError(f"mask in problem {shown(text)} must be 0 or 1, got {value!r}.")
         return value == "1"
-    pattern = r"\d+" if key in ("g", "og") else r"\d+(x\d+)?" if key != "p" else r"\d+(x\d+|(x\d+){3})?"
-    if not re.fullmatch(pattern, value):
+    counts = (1,) if key in ("g", "og") else (1, 2) if key != "p" else (1, 2, 4)
+    parts = value.split("x")
+    if len(parts) not in counts or not all(map(_is_number, parts)):
         raise SpecError(
             f"{key} in problem {shown(text)} must look like 1 or 2x1, got {value!r}. The form is {_FORM}."
         )
-    numbers = tuple(map(int, value.split("x")))
+    numbers = tuple(map(int, parts))
     return numbers if len(numbers) > 1 else numbers[0]
 
 
@@ -284,10 +321,12 @@ def load_problem_file(path: str | Path) -> list[Problem]:
         If the file cannot be read.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         data = _parse_toml(text) if path.suffix == ".toml" else json.loads(text)
-    except ValueError as error:  # also TOMLDecodeError
+    except SpecError:
+        raise
+    except (ValueError, RecursionError) as error:  # also TOMLDecodeError and UnicodeDecodeError
         raise SpecError(f"{path} is not valid {path.suffix.lstrip('.') or 'json'}: {error}") from error
     items = data.get("problems") if isinstance(data, Mapping) else data
     if not isinstance(items, list) or not items:

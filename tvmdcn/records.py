@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuning records: the best schedules found on a target, with where they come from.
 
-``<root>/<target tag>/meta.json`` holds one record per signature: decisions, times, provenance. Roots are that of
-TVMDCN_RECORDS, or the user's data directory, and the ``tuning_logs`` that ship with the package, in this order.
+``<root>/<target tag>/meta.json`` holds one record per signature and number of threads: decisions, times,
+provenance. Roots are that of TVMDCN_RECORDS, or the user's data directory, and the ``tuning_logs`` that ship
+with the package, in this order.
 
-A record is decisions by name, not a trace: MetaSchedule's database of one layer takes 1.3 MB (the module is repeated
-in it, with its transpositions written out), and a trace can only be replayed on the very module it was made for.
+A record is decisions by name, not a trace: MetaSchedule's database of one layer takes 1.3 MB (the module is
+repeated in it, with its transpositions written out), and a trace can only be replayed on the very module it
+was made for.
 
 Records are for finding schedules. A report measures again, it never quotes a record's time.
 """
@@ -21,10 +23,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from tvmdcn.cache_key import record_roots
-from tvmdcn.errors import BuildError, RecordsError, SpecError, SpecTypeError
+from tvmdcn.errors import BuildError, RecordsError
 from tvmdcn.space import Decisions
 from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.validation import check_int
 
 __all__ = ["META", "Found", "Record", "TuningRecords", "shipped_root", "user_root"]
 
@@ -33,6 +38,7 @@ _log = logging.getLogger(__name__)
 META = "meta.json"
 _SCHEMA = 1
 _LIMIT = 16 << 20  # bytes
+_LOCK_SECONDS = 60
 
 
 def user_root() -> Path:
@@ -97,13 +103,19 @@ class Record:
         """
         try:
             spec, extents = DeformConv2dSpec.from_json(data["spec"]), Extents(**data["extents"])
-            seconds, default = float(data["seconds"]), float(data["default_seconds"])
-            if not (0 < seconds < math.inf and 0 < default < math.inf):
-                raise RecordsError("a time is not positive.")
-            threads, trials = int(data["threads"]), int(data["trials"])
-            decisions = Decisions.from_json(data["decisions"])
-            return cls(spec, extents, threads, decisions, seconds, default, trials, dict(data["provenance"]))
-        except (KeyError, TypeError, ValueError, SpecError, SpecTypeError, BuildError) as error:
+            seconds, default = data["seconds"], data["default_seconds"]
+            for value in (seconds, default):
+                if type(value) not in (int, float) or not 0 < value < math.inf:
+                    raise RecordsError(f"a time is {str(value)[:80]}, not a positive number.")
+            threads = check_int("threads", data["threads"], 1)
+            trials = check_int("trials", data["trials"], 1)
+            decisions, provenance = Decisions.from_json(data["decisions"]), data["provenance"]
+            if not isinstance(provenance, dict):
+                raise RecordsError("its provenance is not an object.")
+            return cls(spec, extents, threads, decisions, float(seconds), float(default), trials, provenance)
+        except RecordsError as error:
+            raise RecordsError(f"not a tuning record: {error}") from error
+        except (KeyError, TypeError, ValueError, OverflowError, BuildError) as error:
             raise RecordsError(f"not a tuning record: {type(error).__name__}: {error}") from error
 
 
@@ -131,9 +143,9 @@ def _structure(spec: DeformConv2dSpec) -> DeformConv2dSpec:
         spec,
         in_channels=spec.groups * spec.offset_groups,
         out_channels=spec.groups,
-        stride=1,
-        padding=0,
-        dilation=1,
+        stride=(1, 1),
+        padding=(0, 0, 0, 0),
+        dilation=(1, 1),
         mask=True,
     )
 
@@ -196,21 +208,43 @@ class TuningRecords:
         staged.replace(path)
         return path
 
+    @classmethod
+    def keep(cls, root: Path, tag: str, record: Record) -> Path:
+        """Add a record to those in a root, while others may do the same, and return the file's path.
+
+        Raises
+        ------
+        RecordsError
+            If the records there cannot be read, or another process does not give them free.
+        """
+        folder = Path(root) / tag
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(folder / ".meta.lock", timeout=_LOCK_SECONDS):
+                known = cls.read(root, tag)
+                known.add(record)
+                return known.write(root)
+        except Timeout as error:
+            raise RecordsError(
+                f"{folder / META} is locked by another process for more than {_LOCK_SECONDS} s. "
+                "The trials are kept: run the same command again."
+            ) from error
+
     def add(self, record: Record) -> bool:
-        """Keep a record if it is the first or the fastest of its signature and threads; tell whether it was."""
+        """Keep a record if it is the first or fastest of its signature and threads; tell whether it was kept."""
         for i, known in enumerate(self.records):
             if (known.spec, known.threads) == (record.spec, record.threads):
                 if record.seconds >= known.seconds and known.provenance == record.provenance:
                     return False
-                # Times of two runs do not compare on a noisy machine: the newer search, which starts from the older
-                # one's records, decides.
+                # Times of two runs do not compare on a noisy machine: the newer search, which starts from the
+                # older one's records, decides.
                 self.records[i] = record
                 return True
         self.records.append(record)
         return True
 
     def best(self, spec: DeformConv2dSpec, threads: int | None = None) -> Found | None:
-        """Return the decisions for a signature: its own; else those of the nearest that is built alike; else None.
+        """Return the decisions for a signature: its own; else of the nearest that is built alike; else None.
 
         Distance is that of the logarithms of input and output channels per group.
         """

@@ -20,9 +20,12 @@ import click
 
 from tvmdcn.comparison import GeometricMean, Section, describe_layer, organize, thread_gains
 from tvmdcn.errors import TvmdcnError
+from tvmdcn.extras import require
+from tvmdcn.history import histories as recorded_histories
 from tvmdcn.measurement import Measurement, MeasurementError, read_rows
 from tvmdcn.report_data import SchedulePair, ScheduleView, Trial, TuningHistory
 from tvmdcn.report_figures import color_of, draw_bars, draw_tuning
+from tvmdcn.schedule_pairs import cached_pairs
 
 __all__ = ["SchedulePair", "ScheduleView", "Trial", "TuningHistory", "main", "report", "report_command"]
 
@@ -45,7 +48,7 @@ def report(
     output_markdown: str | Path | None = None,
     *,
     histories: Sequence[TuningHistory] = (),
-    schedules: Sequence[SchedulePair] = (),
+    schedules: Sequence[SchedulePair] | None = None,
 ) -> list[str]:
     """Write a report of measured rows.
 
@@ -61,8 +64,9 @@ def report(
         The same without figures.
     histories : sequence of TuningHistory
         Tuning runs to show.
-    schedules : sequence of SchedulePair
-        Schedules to show side by side.
+    schedules : sequence of SchedulePair, optional
+        Schedules to show side by side; by default those of the rows' layers that are in the cache
+        (:func:`tvmdcn.schedule_pairs.cached_pairs`).
 
     Returns
     -------
@@ -74,9 +78,14 @@ def report(
     ------
     MeasurementError
         If no file holds a sound row.
+    RecordsError
+        If a tuning history cannot be read.
+    MissingExtra
+        If the packages of the extra "report" are not installed.
     OSError
         If a file cannot be read or written.
     """
+    require("report", "a report")
     rows: list[Measurement] = []
     broken: list[str] = []
     paths = [Path(path) for path in rows_files]
@@ -91,19 +100,14 @@ def report(
             f"there is no sound row in {names}.{detail} Measure with scripts/benchmark.py."
         )
     if records_dir is not None:
-        histories = [*histories, *_recorded(Path(records_dir))]
-    content = _Content(rows, broken, list(histories), list(schedules))
+        histories = [*histories, *recorded_histories(Path(records_dir))]
+    pairs = cached_pairs(rows) if schedules is None else list(schedules)
+    content = _Content(rows, broken, list(histories), pairs)
     for template, output in (("report.html.j2", output_html), ("report.md.j2", output_markdown)):
         if output is not None:
             Path(output).parent.mkdir(parents=True, exist_ok=True)
             Path(output).write_text(_render(template, content), encoding="utf-8", errors="replace")
     return content.notes
-
-
-def _recorded(folder: Path) -> Sequence[TuningHistory]:
-    from tvmdcn import records
-
-    return records.history(folder)
 
 
 @dataclass
@@ -301,8 +305,6 @@ def report_command(rows: tuple[Path, ...], records: Path | None, output: Path, m
     """Make one HTML page, and Markdown, of measured ROWS."""
     try:
         notes = report(rows, records, output, markdown)
-    except ImportError as error:
-        raise click.ClickException(f"{error}. Reports need: pip install 'tvmdcn[report]'.") from error
     except (TvmdcnError, OSError) as error:
         raise click.ClickException(str(error)) from error
     for note in notes:

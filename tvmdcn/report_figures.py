@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from typing import Any
-
-from markupsafe import Markup, escape
+from typing import TYPE_CHECKING, Any
 
 from tvmdcn.comparison import Line, Section
 from tvmdcn.measurement import Measurement
 from tvmdcn.report_data import TuningHistory
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 __all__ = ["color_of", "draw_bars", "draw_tuning"]
 
@@ -86,6 +87,7 @@ class _Drawing:
     def to_svg(self, label: str) -> Markup:
         """Return the figure as an SVG element for a page; `label` says in words what it shows."""
         import matplotlib
+        from markupsafe import Markup, escape
 
         buffer = io.StringIO()
         with (

@@ -200,10 +200,10 @@ class Search:
                 mutator_probs={ms.mutator.MutateTileSize(): 0.6, _MutateCategorical(seed): 0.4},
             ),
             search_strategy=ms.search_strategy.EvolutionarySearch(
-                population_size=64,
+                population_size=48,
                 init_measured_ratio=0.4,
                 init_min_unmeasured=16,
-                genetic_num_iters=3,
+                genetic_num_iters=2,
                 genetic_mutate_prob=0.85,
                 eps_greedy=0.15,
             ),

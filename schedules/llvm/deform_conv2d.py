@@ -29,7 +29,7 @@ from __future__ import annotations
 from math import gcd
 from typing import Any
 
-from tvmdcn.space import TILE_UNITS, VARIANT, Choices, design_space
+from tvmdcn.space import TILE_UNITS, UNIT_BYTES, VARIANT, Choices, design_space
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.target import TargetInfo
 from tvmdcn.te.deform_conv2d import GRANULE, is_depthwise, lanes_for
@@ -46,6 +46,11 @@ def _lanes(spec: DeformConv2dSpec, target: TargetInfo) -> int:
 
 def _blocks(spec: DeformConv2dSpec, lanes: int) -> int:
     return -(-(spec.out_channels // spec.groups) // lanes)
+
+
+def _run(spec: DeformConv2dSpec) -> int:
+    """Return the channels that lie in one group and one offset group, side by side."""
+    return gcd(spec.in_channels // spec.groups, spec.in_channels // spec.offset_groups)
 
 
 def _column_bytes(spec: DeformConv2dSpec) -> int:
@@ -66,8 +71,6 @@ def variants(spec: DeformConv2dSpec, target: TargetInfo) -> list[str]:
     # Columns of four units should leave half of the second-level cache to the weights.
     if spec.groups == 1 and 4 * _column_bytes(spec) > (target.l2_bytes or 1 << 20) // 2:
         reductions.reverse()
-    if spec.offset_groups == 1:
-        plans = ["tap", "unit"] if spec.groups == 1 else ["tap", "task", "unit"]
     return [f"{reduction}-{n}-{plan}" for plan in plans for n in counts for reduction in reductions]
 
 
@@ -123,7 +126,9 @@ def deform_conv2d(
     else:
         k0, k1 = choices.tile("taps", k, default=1)
         c0, c1 = choices.tile("channels", c, default=512, limit=1024)
-        chunk = GRANULE * 512 * _ITEM[spec.accumulator_dtype]
+        # The columns of a chunk, and the sums of all output channels.
+        sampled = choices.made["taps"] * choices.made["channels"] * (spec.in_channels // spec.groups // _run(spec))
+        chunk = GRANULE * (sampled + spec.out_channels) * _ITEM[spec.accumulator_dtype]
         sch.reorder(k0, c0, k1, r, c1)
         chunks = sch.fuse(k0, c0)
         body = sch.rfactor(chunks, 0)
@@ -149,6 +154,7 @@ def deform_conv2d(
     sch.vectorize(v)
     units = choices.pick("tile_units", _TILE_UNITS, _default_units(spec, target, chunk))
     sch.annotate(block("pixel_0"), TILE_UNITS, units)
+    sch.annotate(block("pixel_0"), UNIT_BYTES, chunk)
     sch.parallel(t)
     # Last: parallel and vectorize need the reduction in one block.
     sch.decompose_reduction(body, first)
@@ -210,8 +216,9 @@ def _depthwise(
     _plan(sch, block, spec, target, u, t)
     sch.unroll(b1)
     sch.vectorize(v)
-    plan_bytes = GRANULE * spec.taps * spec.offset_groups * 64
+    plan_bytes = GRANULE * _ITEM[spec.accumulator_dtype] * (16 + spec.out_channels)
     units = choices.pick("tile_units", _TILE_UNITS, _default_units(spec, target, plan_bytes))
     sch.annotate(block("pixel_0"), TILE_UNITS, units)
+    sch.annotate(block("pixel_0"), UNIT_BYTES, plan_bytes)
     sch.parallel(t)
     sch.decompose_reduction(product, k)

@@ -25,9 +25,6 @@ __all__ = ["Plan", "interpolate", "plan_blocks", "sampling_plan"]
 Expr = Any
 """A TIR expression."""
 
-_OUTSIDE = -(1 << 30)
-"""Index of a place outside on one axis. Negative also after an index on another axis is added to it."""
-
 
 def plan_blocks(ndim: int) -> list[str]:
     """Return the names of the plan's blocks, consumers before producers."""
@@ -96,8 +93,10 @@ def sampling_plan(
     Plan
         Its blocks are named by `plan_blocks`.
     """
-    one, outside = tirx.const(1.0, dtype), tirx.const(_OUTSIDE, "int32")
     axes = range(len(extents))
+    # Index of a place outside on one axis. Negative also after the indices on the other axes are added to it, be they
+    # inside (an image has fewer pixels than this) or outside as well (the sum is no less than the smallest integer).
+    one, outside = tirx.const(1.0, dtype), tirx.const(-((1 << 31) // len(axes)), "int32")
 
     def stage(name: str, value: Callable[..., Expr]) -> te.Tensor:
         return te.compute(shape, value, name=name)
@@ -139,7 +138,6 @@ def sampling_plan(
             for axis in axes[1:]:
                 flat = flat + sides[axis][bits[axis]](*i)
             missing = tirx.const(-1, "int32") if zero_pixel is None else zero_pixel
-            # Two axes outside add up to -2**31: still negative, and not below the smallest integer.
             return tirx.Select(flat >= 0, flat, missing) * pitch
 
         return index

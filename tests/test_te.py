@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The algorithm before any schedule: the blocks that schedules rely on, and its numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from compiled import Job, build_and_compare, runnable_targets
+from strategies import sampled_from_axis
+
+from tvmdcn.spec import DeformConv2dSpec, Extents
+
+# Largest error over the largest value, of sums of up to 100 products; for the halves the output's rounding.
+TOLERANCES = {"float64": 1e-14, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
+
+PLAN = [
+    *("position_0", "position_1", "low_0", "high_0", "fraction_0", "low_1", "high_1", "fraction_1"),
+    *(f"{what}_{corner}" for what in ("index", "weight") for corner in ("00", "01", "10", "11")),
+]
+ASYMMETRIC = DeformConv2dSpec(6, 2, (3, 2), (2, 1), (1, 0), (2, 1), groups=2, offset_groups=3)
+
+
+def changed(spec: DeformConv2dSpec = ASYMMETRIC, **fields) -> DeformConv2dSpec:
+    return DeformConv2dSpec.from_json({**spec.to_json(), **fields})
+
+
+# --- structure ----------------------------------------------------------------------------------------------
+
+
+def function_of(spec: DeformConv2dSpec, lanes: int = 4):
+    from tvmdcn.te import operator_of
+
+    return operator_of(spec).kernel(spec, lanes)
+
+
+def names_of_blocks(stmt) -> list[str]:
+    if hasattr(stmt, "seq"):
+        return [name for inner in stmt for name in names_of_blocks(inner)]
+    if hasattr(stmt, "loop_var"):
+        return names_of_blocks(stmt.body)
+    return [stmt.block.name_hint]
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_blocks_are_the_contract(layout, mask):
+    from tvmdcn.te.sampling import plan_blocks
+
+    names = names_of_blocks(function_of(changed(layout=layout, mask=mask)).body.block.body)
+    first = ["channels_last"] if layout == "NCHW" else []
+    assert names[: len(first)] == first
+    assert names[-3:] == ["columns", "product", "output"]
+    assert sorted(names) == sorted([*first, "pixel_0", "pixel_1", *PLAN, "columns", "product", "output"])
+    # Consumers before producers: the order in which a schedule can place them.
+    assert sorted(plan_blocks(2)) == sorted(PLAN)
+    order = {name: index for index, name in enumerate(names)}
+    assert all(order[f"position_{a}"] < order[f"{side}_{a}"] for a in (0, 1) for side in ("low", "fraction"))
+    assert [name.split("_")[0] for name in plan_blocks(2)[:8]] == ["index"] * 4 + ["weight"] * 4
+    assert plan_blocks(2)[-2:] == ["position_0", "position_1"]
+
+
+def test_depthwise_has_the_same_blocks():
+    names = names_of_blocks(function_of(DeformConv2dSpec(8, 8, groups=8)).body.block.body)
+    assert names[-3:] == ["columns", "product", "output"]
+
+
+@pytest.mark.parametrize(("dtype", "item"), [("float16", 2), ("bfloat16", 2), ("float32", 4), ("float64", 8)])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_parameters_are_the_contract(layout, dtype, item):
+    spec = changed(layout=layout, dtype=dtype)
+    parameters = list(function_of(spec).params)
+    tensors = [p for p in parameters if hasattr(p, "data_alignment")]
+    assert [p.name for p in parameters] == [
+        *("x", "offset", "mask", "weight", "bias", "out"),
+        *("height", "width", "out_width", "tasks", "tiles", "tile_units"),
+    ]
+    accumulators = {"weight", "bias"}
+    for p in tensors:
+        assert p.dtype == (spec.accumulator_dtype if p.name in accumulators else dtype), p.name
+        # A caller's tensors begin at any item; TVM's own promise would be 64 bytes, and a fault without it.
+        promised = {"weight": 64, "bias": max(item, 4)}.get(p.name, item)
+        assert p.data_alignment == promised, p.name
+    constants = {p.name: [int(s) for s in p.shape if str(s).isdigit()] for p in tensors}
+    channels = {"offset": [36], "mask": [18], "weight": [2, 1, 6, 3, 4], "bias": [2], "out": [2]}
+    assert constants == {"x": [6] if layout == "NCHW" else [], **channels}
+
+
+def test_mask_and_image_are_left_out_of_the_parameters():
+    assert [p.name for p in function_of(changed(mask=False)).params][:4] == ["x", "offset", "weight", "bias"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "vector", "lanes", "shape"),
+    [
+        (DeformConv2dSpec(32, 64), 16, 16, (1, 4, 9, 32, 16)),
+        (DeformConv2dSpec(32, 18), 16, 16, (1, 2, 9, 32, 16)),
+        (DeformConv2dSpec(32, 5), 16, 8, (1, 1, 9, 32, 8)),
+        (DeformConv2dSpec(32, 1, 1), 16, 1, (1, 1, 1, 32, 1)),
+        (DeformConv2dSpec(12, 18, groups=2, offset_groups=3), 8, 8, (2, 2, 9, 6, 8)),
+        (DeformConv2dSpec(8, 16, groups=8), 8, 2, (8, 1, 9, 1, 2)),
+        (DeformConv2dSpec(24, 24, groups=24), 16, 8, (1, 3, 9, 1, 8)),
+        (DeformConv2dSpec(24, 24, groups=24, offset_groups=6), 16, 4, (1, 6, 9, 1, 4)),
+        (DeformConv2dSpec(21, 21, (5, 3), groups=21, offset_groups=3), 16, 1, (1, 21, 15, 1, 1)),
+    ],
+)
+def test_packed_shape(spec, vector, lanes, shape):
+    from tvmdcn.te import operator_of
+
+    operator = operator_of(spec)
+    assert operator.lanes(spec, vector) == lanes
+    assert operator.packed_shape(spec, lanes) == shape
+
+
+@pytest.mark.parametrize("count", range(1, 25))
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16])
+def test_strips_of_pixels_cover_a_unit(count, lanes):
+    from tvmdcn.te.layout import pixel_strips
+
+    strips = pixel_strips(count, lanes)
+    assert [p for first, size in strips for p in range(first, first + size)] == list(range(count))
+    assert all(size <= lanes and size & (size - 1) == 0 for _, size in strips)
+
+
+# --- numbers of the parts -----------------------------------------------------------------------------------
+
+
+def compile_functions(functions: dict):
+    import tvm
+
+    from tvmdcn.target import detect_target
+
+    named = {name: f.with_attr("global_symbol", name) for name, f in functions.items()}
+    return tvm.compile(tvm.IRModule(named), target=detect_target().to_tvm())
+
+
+def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Return memory that begins as TVM promises its code that all does."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.full(size + 64, 0xFF, np.uint8)
+    return memory[-memory.ctypes.data % 64 :][:size].view(dtype).reshape(shape)
+
+
+def sample(image: np.ndarray, place: tuple[float, ...]) -> float:
+    """Return one sample by rule A, for any number of axes."""
+    if not all(-1 < p < size for p, size in zip(place, image.shape, strict=True)):
+        return 0.0
+    total = 0.0
+    for bits in itertools.product((0, 1), repeat=image.ndim):
+        at = tuple(math.floor(p) + bit for p, bit in zip(place, bits, strict=True))
+        share = math.prod(abs(1 - bit - (p - math.floor(p))) for p, bit in zip(place, bits, strict=True))
+        if all(0 <= i < size for i, size in zip(at, image.shape, strict=True)):
+            total += share * float(image[at])
+    return total
+
+
+def test_sampling_in_one_two_and_three_dimensions():
+    """The plan is written for any number of axes, of which deform_conv2d uses two."""
+    from tvm import te
+
+    from tvmdcn.te.layout import with_alignment
+    from tvmdcn.te.sampling import interpolate, sampling_plan
+
+    shapes, count = ((7,), (4, 6), (3, 5, 4)), 600
+
+    def sampler(extents: tuple[int, ...], with_zero_pixel: bool):
+        places = [te.placeholder((1, 1, count), "float32", name=f"place_{a}") for a in range(len(extents))]
+        size = math.prod(extents)
+        image = te.placeholder((size + 1,), "float32", name="image")
+        zero = size if with_zero_pixel else None
+        plan = sampling_plan(
+            (1, 1, count), lambda a, *i: places[a](*i), extents, 1, "float32", zero_pixel=zero
+        )
+        read = image.__getitem__
+        result = te.compute((count,), lambda i: interpolate(plan, (0, 0, i), read), name="result")
+        tensors = [*places, image, result]
+        return with_alignment(te.create_prim_func(tensors), {t.op.name: 4 for t in tensors})
+
+    functions = {f"s{len(s)}_{int(z)}": sampler(s, z) for s in shapes for z in (True, False)}
+    compiled = compile_functions(functions)
+    rng = np.random.default_rng(0)
+    strange = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30, 2.0**31, -(2.0**31)], np.float32)
+    for shape in shapes:
+        places = []
+        for size in shape:
+            some = [sampled_from_axis(size), rng.uniform(-2, size + 1, 25), strange]
+            places.append(rng.choice(np.concatenate(some).astype(np.float32), (1, 1, count)))
+        pixels = rng.standard_normal(shape).astype(np.float32)
+        expected = [
+            sample(pixels, place) for place in zip(*(p.ravel().tolist() for p in places), strict=True)
+        ]
+        # What lies behind the image is only ever read as the pixel of zeros.
+        for zero_pixel, behind in ((1, 0.0), (0, np.nan)):
+            found = np.empty(count, np.float32)
+            flat = np.append(pixels.ravel(), np.float32(behind))
+            compiled[f"s{len(shape)}_{zero_pixel}"](*places, flat, found)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_transposition_in_registers():
+    from tvm import tirx
+    from tvm.s_tir.stmt import SBlock, SBlockRealize
+
+    from tvmdcn.te.layout import lanes_at, transpose_into
+
+    def transposer(size: int, dtype: str):
+        source = tirx.decl_buffer((size, size), dtype, name="source")
+        target = tirx.decl_buffer((size, size), dtype, name="target")
+        rows = [tirx.BufferLoad(source, [i, lanes_at(0, size)]) for i in range(size)]
+        body = transpose_into(rows, dtype, lambda j, v: tirx.BufferStore(target, v, [j, lanes_at(0, size)]))
+        block = SBlock([], [], [], "root", tirx.SeqStmt(body) if len(body) > 1 else body[0])
+        return tirx.PrimFunc([source, target], SBlockRealize([], True, block))
+
+    cases = [(size, dtype) for size in (1, 2, 4, 8, 16) for dtype in ("float32", "float64", "uint16")]
+    compiled = compile_functions({f"t{size}_{dtype}": transposer(size, dtype) for size, dtype in cases})
+    for size, dtype in cases:
+        source, target = aligned((size, size), dtype), aligned((size, size), dtype)
+        source[...] = np.arange(size * size).reshape(size, size)
+        compiled[f"t{size}_{dtype}"](source, target)
+        np.testing.assert_array_equal(target, source.T)
+
+
+def test_packed_weights():
+    from tvmdcn.te import operator_of
+
+    specs = [
+        (ASYMMETRIC, 4),
+        (DeformConv2dSpec(5, 18, (2, 3)), 8),
+        (DeformConv2dSpec(8, 24, 1, groups=4, dtype="float64"), 4),
+        (DeformConv2dSpec(12, 12, groups=12, dtype="float16"), 4),
+    ]
+    functions = {f"p{index}": operator_of(s).pack(s, lanes) for index, (s, lanes) in enumerate(specs)}
+    compiled = compile_functions(functions)
+    rng = np.random.default_rng(0)
+    for index, (spec, lanes) in enumerate(specs):
+        weight = rng.standard_normal(spec.weight_shape).astype(spec.dtype)
+        shape = operator_of(spec).packed_shape(spec, lanes)
+        packed = aligned(shape, spec.accumulator_dtype)
+        compiled[f"p{index}"](weight, packed)
+        depthwise = spec.groups == spec.in_channels == spec.out_channels
+        groups = 1 if depthwise else spec.groups
+        outputs = spec.out_channels // groups
+        expected = np.zeros((groups, shape[1] * lanes, *weight.shape[1:2], spec.taps), spec.accumulator_dtype)
+        expected[:, :outputs] = weight.reshape(groups, outputs, -1, spec.taps)
+        expected = expected.reshape(groups, shape[1], lanes, -1, spec.taps).transpose(0, 1, 4, 3, 2)
+        np.testing.assert_array_equal(packed, expected)
+
+
+# --- numbers of the whole, naively scheduled ----------------------------------------------------------------
+
+HOST = next(iter(runnable_targets().values()))
+NAIVE = {
+    "asymmetric": ASYMMETRIC,
+    "asymmetric_nhwc": changed(layout="NHWC"),
+    "asymmetric_v1": changed(mask=False, dtype="float64"),
+    "dense": DeformConv2dSpec(5, 18, 3, 1, 1, dtype="float16"),
+    "dense_nhwc": DeformConv2dSpec(5, 18, 3, 1, (1, 2, 0, 1), dtype="float16", layout="NHWC"),
+    "bfloat16": DeformConv2dSpec(8, 8, (1, 5), (1, 2), (0, 2), offset_groups=4, dtype="bfloat16"),
+    "depthwise": DeformConv2dSpec(10, 10, 3, 1, 1, groups=10, offset_groups=2),
+    "pointwise_nhwc": DeformConv2dSpec(7, 1, 1, dtype="float64", layout="NHWC"),
+}
+
+
+@pytest.fixture(scope="module")
+def naive_outcomes(compilers, session_cache_dir):
+    jobs = {
+        name: Job(spec, HOST, "naive", (Extents(2, 7, 11), Extents(1, 5, 4))) for name, spec in NAIVE.items()
+    }
+    return {name: compilers.submit(build_and_compare, job, session_cache_dir) for name, job in jobs.items()}
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_naive_numbers(naive_outcomes, name):
+    assert max(naive_outcomes[name].result().errors) <= TOLERANCES[NAIVE[name].dtype]
