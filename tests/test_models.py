@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers a torch model has: found by running it, whoever makes the call; refused in words if it cannot run."""
+"""Which layers a torch model has: found by running it, whoever calls; refused in words if it cannot run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
 
 import tvmdcn
 from tvmdcn.errors import SpecError
@@ -26,7 +28,7 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """A deformable layer, with offsets and mask from plain convolutions; `call` is how it names the operator."""
+    """A deformable layer, offsets and mask from plain convolutions; `call` is the operator by some name."""
 
     def __init__(self, channels, outputs, stride, call):
         super().__init__()
@@ -106,7 +108,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a module of models in the working directory."""
     name = "models_of_a_test"
     (tmp_path / f"{name}.py").write_text(SOURCE, encoding="utf-8")
-    (tmp_path / "broken_module.py").write_text("this is not Python\n", encoding="utf-8")
+    (tmp_path / "broken_module.py").write_text("def\n", encoding="utf-8")
     (tmp_path / "needy_module.py").write_text("import no_such_package\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])

@@ -39,7 +39,7 @@ def changed(spec: DeformConv2dSpec = SPEC, **fields: Any) -> DeformConv2dSpec:
     return dataclasses.replace(spec, **fields)
 
 
-# -- files ---------------------------------------------------------------------------------
+# -- files ------------------------------------------------------------------------------------------
 
 
 def test_records_survive_a_file(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_impossible_decisions_are_harmless() -> None:
-    # Values of any size pass the check of a file: only the space knows what is possible, and takes its defaults.
+    # Integers of any size pass the check of a file: only the space knows what is possible.
     from tvmdcn.builder import new_schedule
     from tvmdcn.space import space_of
 
@@ -173,7 +173,7 @@ def test_impossible_decisions_are_harmless() -> None:
             assert all(0 < made.values[name] < 10**6 for name in made.values)
 
 
-# -- look-up ---------------------------------------------------------------------------------
+# -- look-up ----------------------------------------------------------------------------------------
 
 
 def test_own_record_is_best() -> None:
@@ -260,7 +260,7 @@ def test_new_record_changes_the_key_of_tuned_artifacts_only(
     assert before[1] == after[1]
 
 
-# -- adding ---------------------------------------------------------------------------------
+# -- adding -----------------------------------------------------------------------------------------
 
 
 def test_newer_run_replaces_and_slower_one_of_the_same_does_not() -> None:
@@ -295,7 +295,7 @@ def test_lock_that_is_never_given_free_is_told(tmp_path: Path, monkeypatch: pyte
         TuningRecords.keep(tmp_path, TAG, record())
 
 
-# -- what ships ---------------------------------------------------------------------------------
+# -- what ships -------------------------------------------------------------------------------------
 
 
 def orphaned(found: Record, target: TargetInfo) -> str:

@@ -69,7 +69,7 @@ def identities(rows: list[dict]) -> list[str]:
     return [json.dumps(row["decisions"], sort_keys=True) for row in rows]
 
 
-# -- for real ---------------------------------------------------------------------------------
+# -- for real ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_when_every_build_fails_the_first_reason_is_told(
     assert tune(SMALL.spec, SMALL.extents, trials=2, threads=1, records=tmp_path, name="small").failures == {}
 
 
-# -- with workers that only pretend ---------------------------------------------------------------------------------
+# -- with workers that only pretend -----------------------------------------------------------------
 
 
 class FakeWorkers:

@@ -188,9 +188,22 @@ def _chosen(names: Sequence[str]) -> list[Provider]:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A JSON or TOML list of problems.",
 )
-@click.option("--threads", multiple=True, type=click.IntRange(1), default=(1,), show_default=True)
+@click.option(
+    "--threads",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(1,),
+    show_default=True,
+    help="Threads of each provider; several are measured one after the other.",
+)
 @click.option("--provider", "providers", multiple=True, help=f"Any of {', '.join(PROVIDERS)}. Default: all.")
-@click.option("--rounds", type=click.IntRange(1), default=Protocol.rounds, show_default=True)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=Protocol.rounds,
+    show_default=True,
+    help="Turns that each provider has.",
+)
 @click.option(
     "--burst",
     type=click.FloatRange(0),

@@ -90,7 +90,11 @@ def main() -> None:
 )
 @click.option("--target", help="LLVM processor name. Default: this machine.")
 @click.option(
-    "--schedule", type=click.Choice(["tuned", "default", "naive"]), default="tuned", show_default=True
+    "--schedule",
+    type=click.Choice(["tuned", "default", "naive"]),
+    default="tuned",
+    show_default=True,
+    help="Tuned falls back on default where there is no record.",
 )
 def build_command(problems: tuple[str, ...], target: str | None, schedule: str) -> None:
     """Compile layers to artifacts in the cache, and print where they are."""

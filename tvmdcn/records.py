@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuning records: the best schedules found on a target, with where they come from.
 
-``<root>/<target tag>/meta.json`` holds one record per signature and number of threads: decisions, times,
+``<root>/<target tag>/meta.json`` holds one record per signature, sizes and number of threads: decisions, times,
 provenance. Roots are that of TVMDCN_RECORDS, or the user's data directory, and the ``tuning_logs`` that ship
 with the package, in this order.
 
@@ -78,6 +78,12 @@ class Record:
     default_seconds: float
     trials: int
     provenance: Mapping[str, Any]
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels of the sizes that it was tuned on, all images together."""
+        height, width = self.spec.output_size(self.extents.height, self.extents.width)
+        return self.extents.batch * height * width
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a dict of JSON types."""
@@ -158,7 +164,7 @@ class TuningRecords:
     tag : str
         Such as "llvm-znver5".
     records : iterable of Record
-        At most one per signature and number of threads.
+        At most one per signature, sizes and number of threads.
     """
 
     def __init__(self, tag: str, records: Iterable[Record] = ()) -> None:
@@ -196,7 +202,7 @@ class TuningRecords:
         """Write ``<root>/<tag>/meta.json``, whole or not at all, and return its path."""
         path = Path(root) / self.tag / META
         path.parent.mkdir(parents=True, exist_ok=True)
-        ordered = sorted(self.records, key=lambda r: (r.spec.slug, r.threads))
+        ordered = sorted(self.records, key=lambda r: (r.spec.slug, r.pixels, r.threads))
         data = {
             "schema": _SCHEMA,
             "generated": "by tvmdcn tune; do not edit",
@@ -231,9 +237,9 @@ class TuningRecords:
             ) from error
 
     def add(self, record: Record) -> bool:
-        """Keep a record if it is the first or fastest of its signature and threads; tell whether it was kept."""
+        """Keep a record if it is the first or fastest of its signature, sizes and threads; tell whether it was."""
         for i, known in enumerate(self.records):
-            if (known.spec, known.threads) == (record.spec, record.threads):
+            if (known.spec, known.extents, known.threads) == (record.spec, record.extents, record.threads):
                 if record.seconds >= known.seconds and known.provenance == record.provenance:
                     return False
                 # Times of two runs do not compare on a noisy machine: the newer search, which starts from the
@@ -246,15 +252,16 @@ class TuningRecords:
     def best(self, spec: DeformConv2dSpec, threads: int | None = None) -> Found | None:
         """Return the decisions for a signature: its own; else of the nearest that is built alike; else None.
 
-        Distance is that of the logarithms of input and output channels per group.
+        Distance is that of the logarithms of input and output channels per group. Of the sizes that one signature
+        was tuned on, the largest decides: there is the most time to win.
         """
 
-        def rank(record: Record) -> tuple[float, float]:
+        def rank(record: Record) -> tuple[float, float, int]:
             channels = abs(math.log(record.spec.in_channels / spec.in_channels)) + abs(
                 math.log(record.spec.out_channels / spec.out_channels)
             )
             other_threads = 0.0 if threads is None else abs(math.log(record.threads / threads))
-            return channels, other_threads if threads is not None else -record.threads
+            return channels, other_threads if threads is not None else -record.threads, -record.pixels
 
         same = [record for record in self.records if record.spec == spec]
         if same:

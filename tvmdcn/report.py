@@ -298,7 +298,11 @@ def _render(template: str, content: _Content) -> str:
     help="Tuning records whose history is shown.",
 )
 @click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), default="report.html", show_default=True
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="report.html",
+    show_default=True,
+    help="The page.",
 )
 @click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), help="Write Markdown too.")
 def report_command(rows: tuple[Path, ...], records: Path | None, output: Path, markdown: Path | None) -> None:
