@@ -129,8 +129,7 @@ def learn(layer: nn.Module, stem: Stem, photo: Tensor, steps: int) -> float:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=steps)
     for _ in range(steps):
         top, left = (
-            STRIDE * int(torch.randint((size - CROP) // STRIDE + 1, (1,), generator=random))
-            for size in photo.shape[2:]
+            STRIDE * int(torch.randint((size - CROP) // STRIDE + 1, (1,), generator=random)) for size in photo.shape[2:]
         )
         clean = photo[:, :, top : top + CROP, left : left + CROP]
         if torch.rand(1, generator=random) < 0.5:
@@ -224,13 +223,9 @@ def _draw_taps(axis: pyplot.Axes, row: int, column: int, offset: np.ndarray, mas
 def main(arguments: list[str] | None = None) -> int:
     """Run the demonstration; return 1 if the kernel's result is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--photograph", default="chelsea", choices=("astronaut", "chelsea", "coffee", "rocket")
-    )
+    parser.add_argument("--photograph", default="chelsea", choices=("astronaut", "chelsea", "coffee", "rocket"))
     parser.add_argument("--steps", type=int, default=200, help="training steps (default: 200)")
-    parser.add_argument(
-        "--picture", type=Path, default=Path("demo_output/demo.png"), help="where the picture goes"
-    )
+    parser.add_argument("--picture", type=Path, default=Path("demo_output/demo.png"), help="where the picture goes")
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
@@ -255,10 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
         output = tvmdcn.deform_conv2d(features, offset, weight, bias, padding=1, mask=mask)
         again = time.perf_counter() - started
     sizes = "x".join(map(str, features.shape))
-    print(
-        f"tvmdcn.deform_conv2d on {sizes}: first call {first:.2f} s (it loads, or builds), "
-        f"then {again * 1e3:.1f} ms"
-    )
+    print(f"tvmdcn.deform_conv2d on {sizes}: first call {first:.2f} s (it loads, or builds), then {again * 1e3:.1f} ms")
 
     expected = deform_conv2d_reference(
         features.numpy(),

@@ -58,9 +58,7 @@ BAD_CALLS = (
     _value("stride_zero_horizontal", r"stride must be at least 1, got stride=\(2, 0\)", stride=(2, 0)),
     _value("stride_negative", r"stride must be at least 1, got stride=-1", stride=-1),
     _type("stride_float", r"stride must be an int or a pair .* got stride=1\.5 of type float", stride=1.5),
-    _type(
-        "stride_float_in_pair", r"stride must be made of ints, got 1\.0 .* in \(2, 1\.0\)", stride=(2, 1.0)
-    ),
+    _type("stride_float_in_pair", r"stride must be made of ints, got 1\.0 .* in \(2, 1\.0\)", stride=(2, 1.0)),
     _type("stride_bool", r"stride must be made of ints, got True of type bool", stride=True),
     _type("stride_text", r"stride must be an int or a pair .* stride='2' of type str", stride="2"),
     _type("stride_none", r"stride must be an int or a pair .* of type NoneType", stride=None),
@@ -68,18 +66,14 @@ BAD_CALLS = (
     _value("stride_empty", r"stride must be an int or a pair .* got 0 values", stride=()),
     _value("stride_huge", r"stride must be at most 2147483647", stride=2**31),
     _value("padding_negative", r"padding must be at least 0, got padding=\(-1, 0\)", padding=(-1, 0)),
-    _value(
-        "padding_three", r"padding must be .*\(top, left, bottom, right\), got 3 values", padding=(1, 1, 1)
-    ),
+    _value("padding_three", r"padding must be .*\(top, left, bottom, right\), got 3 values", padding=(1, 1, 1)),
     _type("padding_float", r"padding must be an int, .* of type float", padding=0.5),
     _type("padding_same", r"padding='same' .*'same' and 'valid' are not understood", padding="same"),
     _value("padding_huge", r"padding must be at most 2147483647", padding=2**40),
     _value("dilation_zero", r"dilation must be at least 1, got dilation=\(0, 1\)", dilation=(0, 1)),
     _value("dilation_negative", r"dilation must be at least 1, got dilation=-2", dilation=-2),
     _type("dilation_float", r"dilation must be made of ints, got 2\.0", dilation=(2.0, 1)),
-    _value(
-        "dilation_overflow", r"dilation \* \(kernel - 1\) \+ 1 must be at most 2147483647", dilation=2**31 - 1
-    ),
+    _value("dilation_overflow", r"dilation \* \(kernel - 1\) \+ 1 must be at most 2147483647", dilation=2**31 - 1),
     # what is no tensor
     _type("input_none", r"input must be a tensor.*NoneType", input=None),
     _type("offset_none", r"offset must be a tensor.*NoneType", offset=None),
@@ -138,9 +132,7 @@ BAD_CALLS = (
         weight=(3, 3, 3, 2),
         bias=(3,),
     ),
-    _value(
-        "weight_of_more_channels", r"input has 6 channels, not a multiple of the 12", weight=(2, 12, 3, 2)
-    ),
+    _value("weight_of_more_channels", r"input has 6 channels, not a multiple of the 12", weight=(2, 12, 3, 2)),
     _value(
         "offset_channels",
         r"offset must have a multiple of 2 \* kh \* kw = 12 channels .* got 35",
@@ -153,9 +145,7 @@ BAD_CALLS = (
     ),
     _value("offset_and_mask_exchanged", r"got 6 .*may be exchanged", offset=(2, 6, 2, 3), mask=(2, 12, 2, 3)),
     _value("offset_groups", r"offset_groups=4.* must divide the 6 channels", offset=(2, 48, 2, 3)),
-    _value(
-        "mask_channels", r"mask must have offset_groups \* kh \* kw = 18 channels .* got 6", mask=(2, 6, 2, 3)
-    ),
+    _value("mask_channels", r"mask must have offset_groups \* kh \* kw = 18 channels .* got 6", mask=(2, 6, 2, 3)),
     # batches and image sizes
     _value("offset_batch", r"offset must have the batch size of input, 2, got 3", offset=(3, 36, 2, 3)),
     _value("mask_batch", r"mask must have the batch size of input, 2, got 1", mask=(1, 18, 2, 3)),
@@ -185,9 +175,7 @@ def shape_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**given, "dtype": {name: dtypes.get(name, "float32") for name in present}}
 
 
-def tensor_arguments(
-    arguments: dict[str, Any], make: Callable[[tuple[int, ...], str], Any]
-) -> dict[str, Any]:
+def tensor_arguments(arguments: dict[str, Any], make: Callable[[tuple[int, ...], str], Any]) -> dict[str, Any]:
     """Return a call's arguments with tensors made by `make` of a shape and the name of a dtype.
 
     What is no shape, None or a text, stays as it is.

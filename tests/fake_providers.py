@@ -57,9 +57,7 @@ def exits(spec, extents, tensors, threads, schedule):
 def dies_when_measured(spec, extents, tensors, threads, schedule):
     prepared = right(spec, extents, tensors, threads, schedule)
     calls = iter(range(3))
-    return Prepared(
-        lambda: prepared.call() if next(calls, None) is not None else os._exit(4), prepared.output
-    )
+    return Prepared(lambda: prepared.call() if next(calls, None) is not None else os._exit(4), prepared.output)
 
 
 def hangs(spec, extents, tensors, threads, schedule):

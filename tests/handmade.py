@@ -122,9 +122,7 @@ def torch_of(array: np.ndarray):
     return torch.from_numpy(array)
 
 
-def run(
-    *parts: str, timeout: float = 60, check: bool = True, **environment: str
-) -> subprocess.CompletedProcess:
+def run(*parts: str, timeout: float = 60, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
     """Run code in a process of its own, which knows the handmade builder."""
     prelude = """
     import sys, types

@@ -64,9 +64,7 @@ def base_positions(spec: DeformConv2dSpec, extents: Extents) -> np.ndarray:
     height, width = spec.output_size(extents.height, extents.width)
     base = np.empty((spec.offset_groups, *spec.kernel_size, 2, height, width), np.float32)
     for i in range(spec.kernel_size[0]):
-        base[:, i, :, 0] = (
-            np.arange(height)[:, None] * spec.stride[0] - spec.padding[0] + i * spec.dilation[0]
-        )
+        base[:, i, :, 0] = np.arange(height)[:, None] * spec.stride[0] - spec.padding[0] + i * spec.dilation[0]
     for j in range(spec.kernel_size[1]):
         base[:, :, j, 1] = np.arange(width) * spec.stride[1] - spec.padding[1] + j * spec.dilation[1]
     return base.reshape(spec.offset_groups, spec.taps, 2, height, width)

@@ -31,9 +31,7 @@ def builder(monkeypatch):
     handmade.install(monkeypatch)
 
 
-def tensors_of(
-    spec: DeformConv2dSpec = SPEC, extents: Extents = EXTENTS, kind: str = "numpy"
-) -> dict[str, Any]:
+def tensors_of(spec: DeformConv2dSpec = SPEC, extents: Extents = EXTENTS, kind: str = "numpy") -> dict[str, Any]:
     tensors = vars(make_tensors(spec, extents))
     if kind == "torch":
         pytest.importorskip("torch")
@@ -92,9 +90,7 @@ def test_layers(kind, changes):
 def test_ints_are_both_directions():
     spec = DeformConv2dSpec(4, 4, (3, 3), 2, 1, 1)
     tensors = tensors_of(spec)
-    assert (
-        error(tvmdcn.deform_conv2d(**tensors, stride=2, padding=1), spec, make_tensors(spec, EXTENTS)) < 1e-6
-    )
+    assert error(tvmdcn.deform_conv2d(**tensors, stride=2, padding=1), spec, make_tensors(spec, EXTENTS)) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])

@@ -87,9 +87,7 @@ def test_key_is_path_of_readable_name(tmp_path):
 
 
 def test_unknown_schedule_is_refused():
-    with pytest.raises(
-        SpecError, match="schedule must be one of tuned, default, naive, decisions, got 'best'"
-    ):
+    with pytest.raises(SpecError, match="schedule must be one of tuned, default, naive, decisions, got 'best'"):
         CacheKey.of(SPEC, detect_target(), "best")
 
 

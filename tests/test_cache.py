@@ -84,9 +84,7 @@ def test_symbolic_link_to_a_cache_is_refused(cache_dir, tmp_path, monkeypatch):
     link = tmp_path / "link"
     link.symlink_to(cache_dir)
     monkeypatch.setenv("TVMDCN_CACHE_DIR", str(link))
-    with pytest.raises(
-        ArtifactError, match=r"link is a symbolic link.*Set TVMDCN_CACHE_DIR to the directory itself"
-    ):
+    with pytest.raises(ArtifactError, match=r"link is a symbolic link.*Set TVMDCN_CACHE_DIR to the directory itself"):
         find(artifact.key)
 
 

@@ -291,9 +291,7 @@ for name in {COMMANDS!r}:
     result = CliRunner().invoke(main, [name, "--help"])
     assert result.exit_code == 0, (name, result.output, result.exc_info)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
@@ -331,9 +329,7 @@ def test_table_of_extras_is_that_of_the_package() -> None:
 
 
 def result_of(problem: Problem, folder: Path, **fields: Any) -> TuningResult:
-    decisions = Decisions(
-        "full-2-tap", {"unroll": 4, "register_pixels": 12, "tile_units": 8, "new_choice": 3}
-    )
+    decisions = Decisions("full-2-tap", {"unroll": 4, "register_pixels": 12, "tile_units": 8, "new_choice": 3})
     record = Record(problem.spec, problem.extents, 2, decisions, 1e-3, 1.5e-3, 9, {})
     base = {"failures": {"build": 1}, "interrupted": False, "trials": 9, "new_trials": 7}
     return TuningResult(record, folder / "meta.json", **{**base, **fields})
@@ -362,9 +358,7 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
     return set_answers
 
 
-def test_summary_ends_with_the_schedule_and_the_next_command(
-    pretend: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_summary_ends_with_the_schedule_and_the_next_command(pretend: Callable[..., Any], tmp_path: Path) -> None:
     pretend()
     result = call("tune", "--problem", "row", "--threads", "2")
     assert result.exit_code == 0
@@ -425,13 +419,10 @@ def test_layers_come_from_everywhere_once_each(pretend: Callable[..., Any], tmp_
     asked = pretend()
     path = tmp_path / "layers.json"
     path.write_text(json.dumps(["pixel", {"name": "mine", "problem": "1,4,5,5,4"}]))
-    result = call(
-        "tune", "--problem", "row", "--problem", "1,3,9,9,4,k=1", "--problem", "row", "--file", path
-    )
+    result = call("tune", "--problem", "row", "--problem", "1,3,9,9,4,k=1", "--problem", "row", "--file", path)
     assert [found["name"] for found in asked] == ["row", "1,3,9,9,4,k=1", "pixel", "mine"]
     assert result.stdout.splitlines()[-1] == (
-        "next: tvmdcn benchmark --problem row --problem 1,3,9,9,4,k=1x1 --problem pixel --problem 1,4,5,5,4 "
-        "--threads 2"
+        "next: tvmdcn benchmark --problem row --problem 1,3,9,9,4,k=1x1 --problem pixel --problem 1,4,5,5,4 --threads 2"
     )
 
 

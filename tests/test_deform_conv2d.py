@@ -109,9 +109,7 @@ SIZES = (
 )
 
 
-@pytest.mark.parametrize(
-    "spec", [PLAIN, in_layout(PLAIN, "NHWC"), OFFSET_GROUPS, DEPTHWISE], ids=lambda s: s.slug
-)
+@pytest.mark.parametrize("spec", [PLAIN, in_layout(PLAIN, "NHWC"), OFFSET_GROUPS, DEPTHWISE], ids=lambda s: s.slug)
 def test_one_kernel_for_all_sizes(kernel_of, spec):
     kernel = kernel_of(spec)
     for seed, extents in enumerate(SIZES):
@@ -348,9 +346,7 @@ def test_zero_offsets_are_a_convolution(kernel_of, spec):
     tensors.offset[...] = 0
     tensors.mask = None if tensors.mask is None else np.ones_like(tensors.mask)
     x, weight, bias = (torch.from_numpy(a).double() for a in (tensors.input, tensors.weight, tensors.bias))
-    expected = torch.nn.functional.conv2d(
-        x, weight, bias, spec.stride, spec.padding[:2], spec.dilation, spec.groups
-    )
+    expected = torch.nn.functional.conv2d(x, weight, bias, spec.stride, spec.padding[:2], spec.dilation, spec.groups)
     assert error_of(run(kernel_of(spec), tensors), expected.numpy()) <= TOLERANCES["float32"]
 
 
@@ -370,9 +366,7 @@ def test_schedules_by_name(schedule):
 def test_threads_do_not_change_a_bit(kernel_of, spec):
     """The last units overlap, and are computed twice, by different threads: both must write the same bits."""
     kernels = [kernel_of(spec, threads=count) for count in (1, 2, 3)]
-    for seed, extents in enumerate(
-        (Extents(1, 13, 9), Extents(3, 20, 21), Extents(1, 64, 40), Extents(1, 3, 3))
-    ):
+    for seed, extents in enumerate((Extents(1, 13, 9), Extents(3, 20, 21), Extents(1, 64, 40), Extents(1, 3, 3))):
         tensors = make_tensors(spec, extents, seed)
         expected = run(kernels[0], tensors)
         for kernel in kernels:

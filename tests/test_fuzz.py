@@ -122,9 +122,7 @@ def check(case: Case, found: np.ndarray, expected: np.ndarray) -> None:
     assert error_of(found, expected) * own <= TOLERANCES[case.spec.dtype] * max(scale_of(case), own)
 
 
-def fuzz(
-    spec: DeformConv2dSpec, offsets: Sequence[str], images: Sequence[str], examples: int, compare
-) -> None:
+def fuzz(spec: DeformConv2dSpec, offsets: Sequence[str], images: Sequence[str], examples: int, compare) -> None:
     """Call `compare` with that many cases; with the same ones again where CI is set."""
     kernel = tvmdcn.load(spec)
     seen = 0

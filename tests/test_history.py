@@ -15,9 +15,7 @@ from tvmdcn.space import Decisions
 HEADER = {"name": "a_layer", "spec": {"padding": (1, 1)}, "target": "llvm-a", "threads": 1, "source": "abc"}
 ROWS = [
     TrialRow(Decisions("full-2-tap", {"unroll": 1}), 2e-3, "", 1.5),
-    TrialRow(
-        Decisions("full-2-tap", {"unroll": 2}), None, "wrong result: relative error 1e+00 above 2e-05", 2.0
-    ),
+    TrialRow(Decisions("full-2-tap", {"unroll": 2}), None, "wrong result: relative error 1e+00 above 2e-05", 2.0),
     TrialRow(Decisions("split-2-tap", {"unroll": 1, "taps": 3}), 1e-3, "", 3.25),
     TrialRow(Decisions("split-2-tap", {"unroll": 1, "taps": 9}), None, "wrong result: other details", 4.0),
 ]
@@ -73,9 +71,7 @@ def test_reading_leaves_a_file_alone(log: Path) -> None:
 
 def test_log_of_another_tuning_is_refused(log: Path) -> None:
     before = log.read_bytes()
-    with pytest.raises(
-        RecordsError, match=r"is the log of another tuning: source, threads differ\. Delete it"
-    ):
+    with pytest.raises(RecordsError, match=r"is the log of another tuning: source, threads differ\. Delete it"):
         TrialLog(log, {**HEADER, "threads": 2, "source": "changed"})
     assert log.read_bytes() == before
 
@@ -114,9 +110,7 @@ GOOD = {"decisions": {"variant": "v", "values": {"a": 1}}, "seconds": 1e-3, "rea
 def test_damaged_line_is_named(log: Path, line: bytes) -> None:
     lines = log.read_bytes().split(b"\n")
     log.write_bytes(b"\n".join([*lines[:2], line, *lines[2:]]))
-    with pytest.raises(
-        RecordsError, match=r"a_layer-t1\.jsonl, line 3 cannot be read: .* Delete it and tune again"
-    ):
+    with pytest.raises(RecordsError, match=r"a_layer-t1\.jsonl, line 3 cannot be read: .* Delete it and tune again"):
         read_log(log)
     with pytest.raises(RecordsError, match="line 3"):
         TrialLog(log, HEADER)

@@ -140,9 +140,7 @@ def test_masked_arrays_are_refused_also_after_plain_ones():
 
 def test_arguments_of_another_layer():
     tensors = make_tensors(variant(groups=1), EXTENTS)
-    with pytest.raises(
-        SpecError, match=r"another layer than Kernel\(.*groups 1, not 2.*tvmdcn.deform_conv2d"
-    ):
+    with pytest.raises(SpecError, match=r"another layer than Kernel\(.*groups 1, not 2.*tvmdcn.deform_conv2d"):
         call(kernel_of(), tensors)
     tensors = make_tensors(variant(dtype="float64"), EXTENTS)
     with pytest.raises(SpecError, match="dtype 'float64', not 'float32'"):
@@ -160,9 +158,7 @@ def test_mask_is_missing_or_too_much():
 def test_kinds_are_not_mixed():
     torch = pytest.importorskip("torch")
     tensors = make_tensors(SPEC, EXTENTS)
-    with pytest.raises(
-        SpecTypeError, match=r"offset must be a tensor, a numpy.ndarray like input, got tensor"
-    ):
+    with pytest.raises(SpecTypeError, match=r"offset must be a tensor, a numpy.ndarray like input, got tensor"):
         kernel_of()(tensors.input, torch.from_numpy(tensors.offset), tensors.weight, mask=tensors.mask)
     with pytest.raises(SpecTypeError, match=r"mask must be a tensor, a torch.Tensor like input, got array"):
         kernel_of()(*map(torch_of, (tensors.input, tensors.offset, tensors.weight)), mask=tensors.mask)
@@ -196,9 +192,7 @@ def test_gradients_are_refused(name):
     torch = pytest.importorskip("torch")
     arguments = {key: torch_of(value) for key, value in vars(make_tensors(SPEC, EXTENTS)).items()}
     arguments[name].requires_grad_()
-    with pytest.raises(
-        SpecTypeError, match=r"requires gradients, .*no backward operators.*torch.no_grad\(\)"
-    ):
+    with pytest.raises(SpecTypeError, match=r"requires gradients, .*no backward operators.*torch.no_grad\(\)"):
         kernel_of()(**arguments)
     with torch.no_grad():
         assert not kernel_of()(**arguments).requires_grad

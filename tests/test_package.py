@@ -265,8 +265,7 @@ def test_command_refuses_in_words(python: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["apache-tvm", "apache-tvm-ffi"])
 def test_installed_compiler_is_the_pinned_one(name: str) -> None:
     pins = {
-        (requirement := Requirement(text)).name: requirement.specifier
-        for text in PROJECT["project"]["dependencies"]
+        (requirement := Requirement(text)).name: requirement.specifier for text in PROJECT["project"]["dependencies"]
     }
     assert str(pins[name]) == f"=={importlib.metadata.version(name)}"
 

@@ -32,9 +32,7 @@ def test_tiles_cover_the_image_and_none_is_empty(
 
 
 @given(**CALLS)
-def test_tiles_are_within_bounds(
-    pixels: int, granule: int, max_tile_units: int, batch: int, threads: int
-) -> None:
+def test_tiles_are_within_bounds(pixels: int, granule: int, max_tile_units: int, batch: int, threads: int) -> None:
     tiles, tile_units = partition(pixels, granule, max_tile_units, batch, threads)
     units = math.ceil(pixels / granule)
     assert 1 <= tile_units <= min(max_tile_units, units)

@@ -28,7 +28,7 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[list[str]]:
     """Return the commands of the shell blocks, and of the text, as words."""
     lines = [line for block in blocks("sh") for line in block.splitlines()]
-    lines += re.findall(r"`((?:tvmdcn|scripts/|python scripts/)[^`]*)`", README)
+    lines += re.findall(r"`((?:tvmdcn |scripts/|python scripts/)[^`]*)`", README)
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -86,9 +86,7 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_table_of_settings_is_complete() -> None:
     table = README.partition("## Settings")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \|$", table, re.MULTILINE)
-    assert rows == [
-        (setting.name, setting.kind, setting.default, setting.doc) for setting in env.SETTINGS.values()
-    ]
+    assert rows == [(setting.name, setting.kind, setting.default, setting.doc) for setting in env.SETTINGS.values()]
 
 
 def test_pinned_versions_are_those_of_the_package() -> None:
@@ -99,9 +97,7 @@ def test_pinned_versions_are_those_of_the_package() -> None:
 
 
 def test_benchmark_table_has_its_place() -> None:
-    assert re.search(
-        r"^<!-- benchmark:begin .*-->$.*^<!-- benchmark:end -->$", README, re.MULTILINE | re.DOTALL
-    )
+    assert re.search(r"^<!-- benchmark:begin .*-->$.*^<!-- benchmark:end -->$", README, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("script", ["scripts/test", "scripts/demo", "scripts/environment.sh", ".ci/run"])

@@ -31,8 +31,14 @@ SPEC = DeformConv2dSpec(64, 96, padding=1)
 
 def record(spec: DeformConv2dSpec = SPEC, threads: int = 1, unroll: int = 1, **fields: Any) -> Record:
     decisions = Decisions("full-2-tap", {"unroll": unroll, "tile_units": 8})
-    base = {"seconds": 2e-3, "default_seconds": 3e-3, "trials": 40, "provenance": {"date": "2026-11-22"}}
-    return Record(spec, Extents(1, 32, 32), threads, decisions, **{**base, **fields})
+    base = {
+        "extents": Extents(1, 32, 32),
+        "seconds": 2e-3,
+        "default_seconds": 3e-3,
+        "trials": 40,
+        "provenance": {"date": "2026-11-22"},
+    }
+    return Record(spec=spec, threads=threads, decisions=decisions, **{**base, **fields})
 
 
 def changed(spec: DeformConv2dSpec = SPEC, **fields: Any) -> DeformConv2dSpec:
@@ -122,15 +128,11 @@ FIELDS: dict[str, list[Any]] = {
 def test_damaged_file_is_refused(name: str, tmp_path: Path) -> None:
     path = TuningRecords(TAG, [record()]).write(tmp_path)
     path.write_text(json.dumps(DAMAGE[name](json.loads(path.read_text()))))
-    with pytest.raises(
-        RecordsError, match=r"meta\.json cannot be used: .* Restore it, or delete it and tune again"
-    ):
+    with pytest.raises(RecordsError, match=r"meta\.json cannot be used: .* Restore it, or delete it and tune again"):
         TuningRecords.read(tmp_path, TAG)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [(name, value) for name, values in FIELDS.items() for value in values]
-)
+@pytest.mark.parametrize(("field", "value"), [(name, value) for name, values in FIELDS.items() for value in values])
 def test_hostile_value_is_refused(field: str, value: Any, tmp_path: Path) -> None:
     path = TuningRecords(TAG, [record()]).write(tmp_path)
     data = json.loads(path.read_text())
@@ -235,6 +237,13 @@ def test_number_of_threads_decides_among_equals() -> None:
     assert [chosen(threads) for threads in (1, 2, 3, 6, 100, None)] == [1, 2, 2, 8, 8, 8]
 
 
+def test_largest_sizes_decide_among_equals() -> None:
+    sizes = {1: Extents(1, 32, 32), 2: Extents(8, 32, 32), 4: Extents(1, 64, 64)}
+    found = TuningRecords(TAG, [record(unroll=n, extents=extents) for n, extents in sizes.items()]).best(SPEC)
+    assert found is not None
+    assert found.decisions.values["unroll"] == 2
+
+
 def test_users_records_come_before_those_that_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     user, shipped = tmp_path / "user", tmp_path / "shipped"
     TuningRecords(TAG, [record(unroll=1)]).write(shipped)
@@ -244,13 +253,18 @@ def test_users_records_come_before_those_that_ship(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(records_module, "record_roots", lambda: [real()[0], shipped])
     assert (user_root(), shipped_root()) == (user, shipped)
     assert TuningRecords.of(TAG).best(SPEC).decisions.values["unroll"] == 1
-    TuningRecords(TAG, [record(unroll=4)]).write(user)
-    assert TuningRecords.of(TAG).best(SPEC).decisions.values["unroll"] == 4
+    # also when it was tuned on smaller images and for another number of threads
+    TuningRecords(TAG, [record(unroll=4, extents=Extents(1, 9, 9), threads=8)]).write(user)
+    for threads in (None, 1, 8):
+        assert TuningRecords.of(TAG).best(SPEC, threads).decisions.values["unroll"] == 4
+    assert len(TuningRecords.of(TAG).records) == 1
+    # and what it says nothing about still comes from those that ship
+    other = changed(kernel_size=(5, 5))
+    TuningRecords(TAG, [record(unroll=1), record(other, unroll=2)]).write(shipped)
+    assert TuningRecords.of(TAG).best(other).decisions.values["unroll"] == 2
 
 
-def test_new_record_changes_the_key_of_tuned_artifacts_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_new_record_changes_the_key_of_tuned_artifacts_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TVMDCN_RECORDS", str(tmp_path))
     target = resolve_target(TAG)
     before = [CacheKey.of(SPEC, target, schedule).digest() for schedule in ("tuned", "default")]
@@ -269,14 +283,17 @@ def test_newer_run_replaces_and_slower_one_of_the_same_does_not() -> None:
     assert kept.add(record(seconds=1e-3, unroll=4))
     assert kept.add(record(seconds=9e-3, unroll=8, provenance={"date": "2027-01-01"}))
     assert kept.add(record(threads=2))
-    assert [(r.threads, r.decisions.values["unroll"]) for r in kept.records] == [(1, 8), (2, 1)]
+    assert kept.add(record(extents=Extents(1, 9, 9)))
+    assert [(r.threads, r.extents.height, r.decisions.values["unroll"]) for r in kept.records] == [
+        (1, 32, 8),
+        (2, 32, 1),
+        (1, 9, 1),
+    ]
 
 
 def test_many_at_once_lose_no_record(tmp_path: Path) -> None:
     specs = [changed(in_channels=count) for count in range(1, 13)]
-    threads = [
-        threading.Thread(target=TuningRecords.keep, args=(tmp_path, TAG, record(spec))) for spec in specs
-    ]
+    threads = [threading.Thread(target=TuningRecords.keep, args=(tmp_path, TAG, record(spec))) for spec in specs]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -319,7 +336,9 @@ SHIPPED = [
 
 
 @pytest.mark.parametrize(
-    ("tag", "found"), SHIPPED, ids=[f"{tag}-{found.spec.slug}-t{found.threads}" for tag, found in SHIPPED]
+    ("tag", "found"),
+    SHIPPED,
+    ids=[f"{tag}-{found.spec.slug}-{found.pixels}-t{found.threads}" for tag, found in SHIPPED],
 )
 def test_shipped_record_still_means_what_was_tuned(tag: str, found: Record) -> None:
     target = resolve_target(tag)
@@ -332,7 +351,7 @@ def test_shipped_record_still_means_what_was_tuned(tag: str, found: Record) -> N
 def test_shipped_records_are_of_named_layers_once_each() -> None:
     named = {(problem.spec, problem.extents) for problem in PROBLEMS.values()}
     assert all((found.spec, found.extents) in named for _, found in SHIPPED)
-    keys = [(tag, found.spec, found.threads) for tag, found in SHIPPED]
+    keys = [(tag, found.spec, found.extents, found.threads) for tag, found in SHIPPED]
     assert len(set(keys)) == len(keys)
 
 

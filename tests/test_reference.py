@@ -104,11 +104,7 @@ def test_real_layers(name, real_layers_folder):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinities times 0, in the loops
 @settings(max_examples=200)
-@given(
-    case=cases(
-        offsets=(*FINITE_OFFSETS, *NON_FINITE_OFFSETS), images=(*IMAGES, *NON_FINITE_IMAGES), max_channels=2
-    )
-)
+@given(case=cases(offsets=(*FINITE_OFFSETS, *NON_FINITE_OFFSETS), images=(*IMAGES, *NON_FINITE_IMAGES), max_channels=2))
 def test_definition_in_loops(case):
     found = reference(case.spec, case.tensors, "float64")
     # Sums through infinities may give NaN or infinity in one order and the other alike: compared as such.
@@ -235,9 +231,7 @@ def test_strange_offsets_sample_zero(strange, coordinate_dtype):
         expected = np.ones((1, 1, 4, 4))
         expected[0, 0, 1, 2] = 0
         for mask in (None, np.ones((1, 1, 4, 4))):
-            found = deform_conv2d_reference(
-                image, offset, weight, mask=mask, coordinate_dtype=coordinate_dtype
-            )
+            found = deform_conv2d_reference(image, offset, weight, mask=mask, coordinate_dtype=coordinate_dtype)
             np.testing.assert_array_equal(found, expected)
 
 
@@ -272,9 +266,7 @@ def test_not_finite_offsets_never_spread(case):
     found = reference(case.spec, tensors)
     assert np.isfinite(found).all()
     # The same as moving each of those samples far away.
-    moved = dataclasses.replace(
-        tensors, offset=np.where(np.isfinite(tensors.offset), tensors.offset, np.float32(1e6))
-    )
+    moved = dataclasses.replace(tensors, offset=np.where(np.isfinite(tensors.offset), tensors.offset, np.float32(1e6)))
     np.testing.assert_array_equal(found, reference(case.spec, moved))
 
 
@@ -296,9 +288,7 @@ def test_layouts_agree(case):
     def last(array):
         return None if array is None else np.ascontiguousarray(np.moveaxis(array, 1, -1))
 
-    channels_last = Tensors(
-        last(tensors.input), last(tensors.offset), tensors.weight, last(tensors.mask), tensors.bias
-    )
+    channels_last = Tensors(last(tensors.input), last(tensors.offset), tensors.weight, last(tensors.mask), tensors.bias)
     found = reference(dataclasses.replace(spec, layout="NHWC"), channels_last)
     assert found.flags.c_contiguous
     np.testing.assert_array_equal(np.moveaxis(found, -1, 1), reference(spec, tensors))
@@ -311,9 +301,7 @@ def test_half_tensors_are_taken_exactly(dtype):
     problem = TEST_PROBLEMS[dtype]
     tensors = make_tensors(problem.spec, problem.extents)
     widened = Tensors(*(array.astype(np.float64) for array in vars(tensors).values()))
-    np.testing.assert_array_equal(
-        reference(problem.spec, tensors), reference(problem.spec, widened, "float32")
-    )
+    np.testing.assert_array_equal(reference(problem.spec, tensors), reference(problem.spec, widened, "float32"))
 
 
 def test_coordinates_are_rounded_to_float32_on_request():

@@ -121,9 +121,7 @@ def all_providers(**fields):
 
 def test_verdict_and_table_quote_the_rows(make):
     rows = all_providers() + all_providers(problem="r50_c5", threads=1)
-    rows += [
-        row(name, threads=2, median_ms=median) for name, median in (("ours-tuned", 2.5), ("openvino", 6))
-    ]
+    rows += [row(name, threads=2, median_ms=median) for name, median in (("ours-tuned", 2.5), ("openvino", 6))]
     page, markdown, notes = make(rows)
     assert notes == []
     words = Page(page).words
@@ -300,9 +298,7 @@ def test_tuning_history(make):
 
 
 def test_schedules_side_by_side_mark_what_differs(make):
-    left = ScheduleView(
-        "default", {"tile": "24 x 4", "unroll": "yes"}, "for i in range(4):\n    a <b>\n    c"
-    )
+    left = ScheduleView("default", {"tile": "24 x 4", "unroll": "yes"}, "for i in range(4):\n    a <b>\n    c")
     right = ScheduleView("tuned", {"tile": "24 x 8", "unroll": "yes"}, "for i in range(8):\n    a <b>\n    c")
     page, markdown, _ = make(all_providers(), schedules=[SchedulePair("r50_c4", left, right)])
     assert re.findall("<mark>(.*?)</mark>", page) == ["for i in range(4):", "for i in range(8):"]

@@ -68,9 +68,7 @@ def test_processes_load_one_kernel_at_once(cache_dir):
     print(len(builds), len(sums), len(set(sums)), sums[0])
     """
     found = []
-    workers = [
-        threading.Thread(target=lambda: found.append(run(code, timeout=120).stdout.split())) for _ in range(8)
-    ]
+    workers = [threading.Thread(target=lambda: found.append(run(code, timeout=120).stdout.split())) for _ in range(8)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -94,9 +92,7 @@ def test_memory_then_disk_then_build(cache_dir, monkeypatch, caplog):
 
 def test_never_build_names_the_nearest(cache_dir, monkeypatch):
     monkeypatch.setenv("TVMDCN_BUILD", "never")
-    with pytest.raises(
-        ArtifactMissing, match=r"no artifact for deform_conv2d-.*TVMDCN_BUILD=never forbids.*Build it"
-    ):
+    with pytest.raises(ArtifactMissing, match=r"no artifact for deform_conv2d-.*TVMDCN_BUILD=never forbids.*Build it"):
         kernel_of()
     near = handmade.build(variant(dtype="float16"), schedule="default")
     with pytest.raises(ArtifactMissing) as caught:
@@ -171,9 +167,7 @@ def test_failing_build_is_not_remembered(cache_dir, monkeypatch):
 
 def test_missing_runtime_library_is_said(monkeypatch):
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ArtifactError, match=r"libtvm_runtime\S* was not found in the package tvm.*Install apache-tvm"
-    ):
+    with pytest.raises(ArtifactError, match=r"libtvm_runtime\S* was not found in the package tvm.*Install apache-tvm"):
         native._library("tvm", "tvm_runtime")
 
 

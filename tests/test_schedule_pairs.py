@@ -115,9 +115,7 @@ def test_manifests_of_another_form_are_harmless(schedule: dict[str, Any]) -> Non
     build("default")
     build("tuned", schedule)
     (pair,) = cached_pairs([row()])
-    assert all(
-        isinstance(text, str) for text in (pair.right.title, pair.right.tir, *pair.right.decisions.values())
-    )
+    assert all(isinstance(text, str) for text in (pair.right.title, pair.right.tir, *pair.right.decisions.values()))
 
 
 def test_cache_that_cannot_be_used_shows_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

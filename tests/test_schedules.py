@@ -156,9 +156,7 @@ def test_every_combination_comes_up():
 # --- what a schedule looks like -----------------------------------------------------------------------------
 
 
-def scheduled(
-    spec: DeformConv2dSpec, target: TargetInfo, decisions: Decisions | None = None
-) -> tuple[Any, Any]:
+def scheduled(spec: DeformConv2dSpec, target: TargetInfo, decisions: Decisions | None = None) -> tuple[Any, Any]:
     """Return a TVM schedule, and what was decided."""
     from tvmdcn.builder import new_schedule
 

@@ -151,9 +151,7 @@ def test_batch_may_be_empty():
 
 def test_largest_tensor_that_can_be_indexed():
     width = 2**30 - 1
-    spec, extents = DeformConv2dSpec.from_shapes(
-        (1, 1, 1, width), (1, 2, 1, width), (1, 1, 1, 1), dtype="float32"
-    )
+    spec, extents = DeformConv2dSpec.from_shapes((1, 1, 1, width), (1, 2, 1, width), (1, 1, 1, 1), dtype="float32")
     assert spec.output_size(1, extents.width) == (1, width)
 
 

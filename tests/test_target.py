@@ -83,8 +83,7 @@ def machine(monkeypatch, tmp_path):
 
 def x86_cpuinfo(vendor: str, family: int, model: int, flags: str) -> str:
     return "\n\n".join(
-        f"processor\t: {number}\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\n"
-        f"flags\t\t: {flags}"
+        f"processor\t: {number}\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\nflags\t\t: {flags}"
         for number in range(2)
     )
 
@@ -167,9 +166,7 @@ def test_host_is_what_llvm_says():
     """LLVM names this machine as we do, or we name it after a level because features are hidden."""
     pytest.importorskip("tvm")
     code = "import tvm; print(tvm.get_global_func('target.llvm_get_system_cpu')())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     ours, llvm = detect_target().mcpu, done.stdout.split()[-1]
     assert ours == llvm or (ours in X86_LEVELS and not CPUS[llvm].features <= host_features())
 
@@ -204,13 +201,7 @@ print(json.dumps(found))
 
 def test_resolve():
     host = detect_target()
-    assert (
-        resolve_target()
-        == resolve_target("llvm")
-        == resolve_target(host.tag)
-        == resolve_target(host.mcpu)
-        == host
-    )
+    assert resolve_target() == resolve_target("llvm") == resolve_target(host.tag) == resolve_target(host.mcpu) == host
     assert resolve_target("llvm-cascadelake") == resolve_target("cascadelake")
     assert resolve_target("llvm-cascadelake").tag == "llvm-cascadelake"
     assert resolve_target("llvm-aarch64").tag == "llvm-aarch64"

@@ -170,9 +170,7 @@ def test_sampling_in_one_two_and_three_dimensions():
         size = math.prod(extents)
         image = te.placeholder((size + 1,), "float32", name="image")
         zero = size if with_zero_pixel else None
-        plan = sampling_plan(
-            (1, 1, count), lambda a, *i: places[a](*i), extents, 1, "float32", zero_pixel=zero
-        )
+        plan = sampling_plan((1, 1, count), lambda a, *i: places[a](*i), extents, 1, "float32", zero_pixel=zero)
         read = image.__getitem__
         result = te.compute((count,), lambda i: interpolate(plan, (0, 0, i), read), name="result")
         tensors = [*places, image, result]
@@ -188,9 +186,7 @@ def test_sampling_in_one_two_and_three_dimensions():
             some = [sampled_from_axis(size), rng.uniform(-2, size + 1, 25), strange]
             places.append(rng.choice(np.concatenate(some).astype(np.float32), (1, 1, count)))
         pixels = rng.standard_normal(shape).astype(np.float32)
-        expected = [
-            sample(pixels, place) for place in zip(*(p.ravel().tolist() for p in places), strict=True)
-        ]
+        expected = [sample(pixels, place) for place in zip(*(p.ravel().tolist() for p in places), strict=True)]
         # What lies behind the image is only ever read as the pixel of zeros.
         for zero_pixel, behind in ((1, 0.0), (0, np.nan)):
             found = np.empty(count, np.float32)
@@ -265,9 +261,7 @@ NAIVE = {
 
 @pytest.fixture(scope="module")
 def naive_outcomes(compilers, session_cache_dir):
-    jobs = {
-        name: Job(spec, HOST, "naive", (Extents(2, 7, 11), Extents(1, 5, 4))) for name, spec in NAIVE.items()
-    }
+    jobs = {name: Job(spec, HOST, "naive", (Extents(2, 7, 11), Extents(1, 5, 4))) for name, spec in NAIVE.items()}
     return {name: compilers.submit(build_and_compare, job, session_cache_dir) for name, job in jobs.items()}
 
 

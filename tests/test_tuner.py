@@ -269,9 +269,7 @@ def test_wrong_results_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / TAG / META).exists()
 
 
-def test_when_every_build_fails_the_first_reason_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_when_every_build_fails_the_first_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere/no-such-compiler")
     with pytest.raises(TuningError, match=r"\(\d+ x build\)\. The first failure: build: .*no-such-compiler"):
         tune(SMALL.spec, SMALL.extents, trials=50, threads=1, records=tmp_path, name="small")
@@ -370,9 +368,7 @@ def test_default_that_is_fastest_stays(tmp_path: Path, pretend: Callable[..., No
     assert record.seconds == record.default_seconds == 1e-3
 
 
-def test_final_in_which_all_fail_falls_back_on_the_search(
-    tmp_path: Path, pretend: Callable[..., None]
-) -> None:
+def test_final_in_which_all_fail_falls_back_on_the_search(tmp_path: Path, pretend: Callable[..., None]) -> None:
     pretend(milliseconds(3, 1, 2, 4), lambda place: Outcome(reason="time-out: run"))
     record = tune_many(tmp_path).record
     assert record.decisions.to_json() == rows_of(tmp_path)[1]["decisions"]
@@ -411,9 +407,7 @@ def test_ctrl_c_in_the_final_keeps_the_best(tmp_path: Path, pretend: Callable[..
     assert TuningRecords.read(tmp_path, TAG).records == [result.record]
 
 
-def test_ctrl_c_before_anything_was_measured_keeps_nothing(
-    tmp_path: Path, pretend: Callable[..., None]
-) -> None:
+def test_ctrl_c_before_anything_was_measured_keeps_nothing(tmp_path: Path, pretend: Callable[..., None]) -> None:
     def interrupt(number: int) -> Outcome:
         raise KeyboardInterrupt
 
@@ -439,9 +433,7 @@ def test_two_tunings_of_a_layer_do_not_mix(tmp_path: Path, pretend: Callable[...
     refusals = []
 
     def outcome(number: int) -> Outcome:
-        with pytest.raises(
-            TuningError, match=r"another process is tuning small-t1 into .*Wait for it"
-        ) as info:
+        with pytest.raises(TuningError, match=r"another process is tuning small-t1 into .*Wait for it") as info:
             tune_many(tmp_path)
         refusals.append(info)
         return Outcome((1e-3,), 0.0)
@@ -514,9 +506,7 @@ def test_log_of_another_layer_is_not_continued(tmp_path: Path, pretend: Callable
     assert log_of(tmp_path).read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "name", ["../../elsewhere", "/etc/passwd", ".hidden", "a b\n;c", "\u4e16", "x" * 4000]
-)
+@pytest.mark.parametrize("name", ["../../elsewhere", "/etc/passwd", ".hidden", "a b\n;c", "\u4e16", "x" * 4000])
 def test_hostile_names_stay_in_the_folder(name: str, tmp_path: Path, pretend: Callable[..., None]) -> None:
     pretend()
     root = tmp_path / "in" / "side"

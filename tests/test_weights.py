@@ -153,9 +153,7 @@ def test_torch_weights_of_inference_mode():
     """They have no version, so they are packed at every call."""
     torch = pytest.importorskip("torch")
     with torch.inference_mode():
-        arguments = {
-            name: torch_of(value).clone() for name, value in vars(make_tensors(SPEC, EXTENTS)).items()
-        }
+        arguments = {name: torch_of(value).clone() for name, value in vars(make_tensors(SPEC, EXTENTS)).items()}
         del arguments["bias"]
         first = kernel_of()(**arguments)
         arguments["weight"].view(-1)[1] += 1

@@ -111,9 +111,7 @@ def _find(
 ) -> Kernel:
     """Check a call's arguments and load the kernel for them."""
     named = {"input": input, "offset": offset, "weight": weight, "mask": mask, "bias": bias}
-    named = {
-        name: array for name, array in named.items() if array is not None or name in ("offset", "weight")
-    }
+    named = {name: array for name, array in named.items() if array is not None or name in ("offset", "weight")}
     for name, array in named.items():
         arrays.check(name, array)
     spec, _ = DeformConv2dSpec.from_shapes(

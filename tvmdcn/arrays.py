@@ -88,9 +88,7 @@ class NumpyArrays:
             )
         masked = sys.modules.get("numpy.ma")  # only imported by those who use it; 9 ms
         if masked is not None and isinstance(array, masked.MaskedArray):
-            raise SpecTypeError(
-                f"{name} must be a plain array, got a MaskedArray. Fill it first: {name}.filled(0)."
-            )
+            raise SpecTypeError(f"{name} must be a plain array, got a MaskedArray. Fill it first: {name}.filled(0).")
 
     @staticmethod
     def dtype(array: Any) -> str:
@@ -143,10 +141,7 @@ class TorchArrays:
     def key(*arrays: Any) -> tuple[Hashable, ...]:
         """Return types (of fake tensors), shapes, strides, dtypes, and whether memory means the tensor."""
         return tuple(
-            [
-                None if a is None else (type(a), a.shape, a.stride(), a.dtype, a.is_cpu, a.is_neg())
-                for a in arrays
-            ]
+            [None if a is None else (type(a), a.shape, a.stride(), a.dtype, a.is_cpu, a.is_neg()) for a in arrays]
         )
 
     @staticmethod
@@ -163,9 +158,7 @@ class TorchArrays:
                 f"{type(array).__name__}."
             )
         if array.device.type != "cpu":
-            raise SpecTypeError(
-                f"{name} is on device {array.device}; this version runs on CPUs. Pass {name}.cpu()."
-            )
+            raise SpecTypeError(f"{name} is on device {array.device}; this version runs on CPUs. Pass {name}.cpu().")
         if array.layout is not torch.strided:
             raise SpecTypeError(f"{name} has layout {array.layout}; pass {name}.to_dense().")
         if array.is_quantized:

@@ -175,9 +175,7 @@ class Artifact:
             raise ArtifactError("its target or layout contradicts its key.")
         if kernel.packed_dtype != spec.accumulator_dtype:
             raise ArtifactError("the dtype of its packed weight contradicts its key.")
-        return cls(
-            path, key, spec, target, kernel, data["schedule"], data["created"], float(seconds), data["sha256"]
-        )
+        return cls(path, key, spec, target, kernel, data["schedule"], data["created"], float(seconds), data["sha256"])
 
     @property
     def library(self) -> Path:
@@ -201,9 +199,7 @@ class Artifact:
                 found = hashlib.sha256(file.read()).hexdigest()
                 read = os.fstat(file.fileno())
         except OSError as error:
-            raise DamagedArtifact(
-                f"{self.library} cannot be read: {error.strerror}. Delete {self.path}."
-            ) from error
+            raise DamagedArtifact(f"{self.library} cannot be read: {error.strerror}. Delete {self.path}.") from error
         if found != self.sha256:
             raise DamagedArtifact(
                 f"{self.library} is not the file its manifest was written for (sha256 {found[:12]}..., "

@@ -146,9 +146,7 @@ def _show(console: Console, rows: Sequence[Measurement]) -> None:
                 )
     for line, gains in thread_gains(sections):
         text = ", ".join(f"{gain:.2f}x at {threads}" for threads, gain in gains.items())
-        console.print(
-            f"{line.problem} ({line.spec.flops(line.extents) / 1e9:.1f} GFLOP): {text} threads", markup=False
-        )
+        console.print(f"{line.problem} ({line.spec.flops(line.extents) / 1e9:.1f} GFLOP): {text} threads", markup=False)
     for row in rows:
         if row.status == "failed":
             console.print(
@@ -170,9 +168,7 @@ def _problems(names: Sequence[str], file: Path | None, real_layers: Path | None)
 def _chosen(names: Sequence[str]) -> list[Provider]:
     unknown = [name for name in names if name not in PROVIDERS]
     if unknown:
-        raise click.BadParameter(
-            f"{unknown[0]!r} is not one of {', '.join(PROVIDERS)}.", param_hint="--provider"
-        )
+        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(PROVIDERS)}.", param_hint="--provider")
     return [PROVIDERS[name] for name in dict.fromkeys(names)] or default_providers()
 
 
@@ -298,9 +294,7 @@ def _warn(notes: Console, threads: Sequence[int]) -> None:
         notes.print(f"{max(threads)} threads on {cores} processors: expect no gain.", style="yellow")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.3:
-        notes.print(
-            f"the machine is busy (load {load:.1f}): figures will be too high and unsteady.", style="yellow"
-        )
+        notes.print(f"the machine is busy (load {load:.1f}): figures will be too high and unsteady.", style="yellow")
 
 
 main = benchmark_command

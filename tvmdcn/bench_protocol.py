@@ -79,9 +79,7 @@ class Protocol:
     def __post_init__(self) -> None:
         """Refuse a protocol that would measure nothing."""
         if self.rounds < 1 or self.min_calls < 1:
-            raise ValueError(
-                f"rounds and min_calls must be at least 1, got {self.rounds} and {self.min_calls}."
-            )
+            raise ValueError(f"rounds and min_calls must be at least 1, got {self.rounds} and {self.min_calls}.")
 
     def plan(self, call_ms: float) -> tuple[int, dict[str, Any]]:
         """Return the number of turns for a provider of this speed, and the request of a turn."""

@@ -23,7 +23,15 @@ from tvmdcn.target import TargetInfo, resolve_target
 from tvmdcn.te import Operator, operator_of
 from tvmdcn.validation import shown
 
-__all__ = ["PACKED_ALIGNMENT", "build", "compile_schedule", "interface_of", "lanes_of", "naive_schedule", "new_schedule"]
+__all__ = [
+    "PACKED_ALIGNMENT",
+    "build",
+    "compile_schedule",
+    "interface_of",
+    "lanes_of",
+    "naive_schedule",
+    "new_schedule",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -185,9 +193,7 @@ def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _scheduled(
-    spec: DeformConv2dSpec, target: TargetInfo, schedule: str | Decisions
-) -> tuple[Any, dict[str, Any]]:
+def _scheduled(spec: DeformConv2dSpec, target: TargetInfo, schedule: str | Decisions) -> tuple[Any, dict[str, Any]]:
     """Return the scheduled module, and how it came to its schedule, for the manifest."""
     if schedule == "naive":
         return naive_schedule(spec, target), {"source": "naive", "decisions": {}, "trace": ""}

@@ -32,9 +32,7 @@ _held = threading.local()
 
 
 def _refusal(path: Path, reason: str, advice: str) -> ArtifactError:
-    return ArtifactError(
-        f"{path} {reason}, so kernels in it are not loaded: loading one runs its code. {advice}"
-    )
+    return ArtifactError(f"{path} {reason}, so kernels in it are not loaded: loading one runs its code. {advice}")
 
 
 def check_trusted(path: Path, root: Path) -> None:
@@ -136,9 +134,7 @@ def lock(target: Path, timeout: float | None = None) -> Iterator[None]:
         ) from error
     names.add(target)
     try:
-        holder.write_text(
-            json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
-        )
+        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
         yield
     finally:
         names.discard(target)

@@ -37,9 +37,7 @@ def _versions() -> tuple[str, str]:
     try:
         return metadata.version("apache-tvm"), metadata.version("apache-tvm-ffi")
     except metadata.PackageNotFoundError as error:
-        raise ArtifactError(
-            f"{error.name} is not installed. pip install tvmdcn installs the pinned one."
-        ) from error
+        raise ArtifactError(f"{error.name} is not installed. pip install tvmdcn installs the pinned one.") from error
 
 
 def _digest(files: list[tuple[str, bytes]]) -> str:

@@ -85,9 +85,7 @@ def main() -> None:
 
 
 @click.command("build")
-@click.option(
-    "--problem", "problems", multiple=True, required=True, help="A named problem, or N,Cin,H,W,Cout,..."
-)
+@click.option("--problem", "problems", multiple=True, required=True, help="A named problem, or N,Cin,H,W,Cout,...")
 @click.option("--target", help="LLVM processor name. Default: this machine.")
 @click.option(
     "--schedule",
@@ -100,9 +98,7 @@ def build_command(problems: tuple[str, ...], target: str | None, schedule: str) 
     """Compile layers to artifacts in the cache, and print where they are."""
     from tvmdcn.problems import parse_problem
 
-    found = [
-        parse_problem(text) for text in problems
-    ]  # a slip of the keyboard is told before TVM is imported
+    found = [parse_problem(text) for text in problems]  # a slip of the keyboard is told before TVM is imported
     from tvmdcn.builder import build
 
     for problem in found:

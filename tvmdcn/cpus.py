@@ -57,44 +57,32 @@ def _family(arch: str, rows: str, features: frozenset[str]) -> dict[str, Cpu]:
 
 CPUS: dict[str, Cpu] = {
     **_family("x86_64", "x86-64 32 256", frozenset()),
-    **_family(
-        "x86_64", "x86-64-v2 32 256, nehalem 32 256, westmere 32 256, goldmont 24 512, tremont 32 512", _V2
-    ),
+    **_family("x86_64", "x86-64-v2 32 256, nehalem 32 256, westmere 32 256, goldmont 24 512, tremont 32 512", _V2),
     **_family("x86_64", "sandybridge 32 256", _V2 | {"avx"}),
     **_family("x86_64", "ivybridge 32 256", _V2 | {"avx", "f16c"}),
     **_family("x86_64", "x86-64-v3 32 256, haswell 32 256, broadwell 32 256, skylake 32 256", _V3),
     **_family("x86_64", "znver1 32 512, znver2 32 512, znver3 32 512", _V3),
-    **_family(
-        "x86_64", "alderlake 48 1280, arrowlake 48 2048, arrowlake-s 48 2048, pantherlake 48 2048", _V3_VNNI
-    ),
+    **_family("x86_64", "alderlake 48 1280, arrowlake 48 2048, arrowlake-s 48 2048, pantherlake 48 2048", _V3_VNNI),
     **_family("x86_64", "sierraforest 32 1024, grandridge 32 1024, clearwaterforest 32 1024", _V3_VNNI),
     **_family("x86_64", "x86-64-v4 32 512, skylake-avx512 32 1024", _V4),
     **_family("x86_64", "cascadelake 32 1024", _CASCADE),
     **_family("x86_64", "cooperlake 32 1024", _CASCADE | {"avx512bf16"}),
-    **_family(
-        "x86_64", "icelake-client 48 512, icelake-server 48 1280, rocketlake 48 512, tigerlake 48 1280", _ICE
-    ),
+    **_family("x86_64", "icelake-client 48 512, icelake-server 48 1280, rocketlake 48 512, tigerlake 48 1280", _ICE),
     **_family("x86_64", "sapphirerapids 48 2048, graniterapids 48 2048, graniterapids-d 48 2048", _SAPPHIRE),
     **_family("x86_64", "znver4 32 1024", _ICE | {"avx512bf16"}),
     **_family("x86_64", "znver5 48 1024", _ICE | {"avx512bf16", "avxvnni"}),
     **_family("aarch64", "generic 32 256, cortex-a53 32 128, cortex-a57 32 256, cortex-a72 32 256", _NEON),
     **_family("aarch64", "cortex-a73 32 256, thunderx2t99 32 256", _NEON),
-    **_family(
-        "aarch64", "cortex-a55 32 128, cortex-a75 64 256, cortex-a76 64 256, cortex-a77 64 256", _NEON_82
-    ),
+    **_family("aarch64", "cortex-a55 32 128, cortex-a75 64 256, cortex-a76 64 256, cortex-a77 64 256", _NEON_82),
     **_family("aarch64", "cortex-a78 64 256, cortex-x1 64 512, neoverse-n1 64 1024, tsv110 64 512", _NEON_82),
     **_family("aarch64", "apple-m1 128 3072", _NEON_82),
     **_family("aarch64", "ampere1 64 2048, ampere1a 64 2048, ampere1b 64 2048, oryon-1 96 3072", _NEON_86),
     **_family("aarch64", "apple-m2 128 4096, apple-m3 128 4096, apple-m4 128 4096", _NEON_86),
     **_family("aarch64", "a64fx 64 640", _NEON | {"fullfp16", "sve"}),
     **_family("aarch64", "neoverse-v1 64 1024", _NEON_86 | {"sve"}),
-    **_family(
-        "aarch64", "cortex-a510 32 128, cortex-a520 32 128, cortex-a710 64 256, cortex-a715 64 256", _SVE2
-    ),
+    **_family("aarch64", "cortex-a510 32 128, cortex-a520 32 128, cortex-a710 64 256, cortex-a715 64 256", _SVE2),
     **_family("aarch64", "cortex-a720 64 256, cortex-x2 64 512, cortex-x3 64 512, cortex-x4 64 1024", _SVE2),
-    **_family(
-        "aarch64", "neoverse-n2 64 1024, neoverse-n3 64 1024, neoverse-v2 64 2048, neoverse-v3 64 2048", _SVE2
-    ),
+    **_family("aarch64", "neoverse-n2 64 1024, neoverse-n3 64 1024, neoverse-v2 64 2048, neoverse-v3 64 2048", _SVE2),
 }
 
 # The levels of the x86-64 psABI, best first: what an unknown processor, or one whose features a hypervisor

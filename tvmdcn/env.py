@@ -69,8 +69,8 @@ SETTINGS = {
         Setting(
             "TVMDCN_RECORDS",
             "directory",
-            "none",
-            "More tuning records, looked up before those that the package ships.",
+            "the user's data directory for tvmdcn",
+            "Your tuning records: looked up before those that ship, and where tuning puts new ones.",
         ),
         Setting(
             "TVMDCN_LOCK_TIMEOUT",

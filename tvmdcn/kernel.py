@@ -199,12 +199,9 @@ class Kernel:
         """Call again with copies of what does not lie at a multiple of its items' size."""
         if out is not None and arrays.pointer(out) % out.itemsize:
             raise SpecError(
-                f"out must lie at a multiple of its items' {out.itemsize} bytes, not at "
-                f"{arrays.pointer(out):#x}."
+                f"out must lie at a multiple of its items' {out.itemsize} bytes, not at {arrays.pointer(out):#x}."
             )
-        input, offset, mask = (
-            None if a is None else arrays.dense(a, self.spec.layout) for a in (input, offset, mask)
-        )
+        input, offset, mask = (None if a is None else arrays.dense(a, self.spec.layout) for a in (input, offset, mask))
         if bias is not None:
             bias = arrays.dense(bias, self.spec.layout)
         return self(input, offset, packed, bias, mask, out)
@@ -277,17 +274,13 @@ class Kernel:
         named = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
         if type(weight) is PackedWeight:
             del named["weight"]
-        named = {
-            name: array for name, array in named.items() if array is not None or name in ("offset", "weight")
-        }
+        named = {name: array for name, array in named.items() if array is not None or name in ("offset", "weight")}
         for name, array in named.items():
             arrays.check(name, array)
         if mask is None and spec.mask:
             raise SpecError(f"mask is missing: {self!r} computes a layer with one (DCNv2).")
         shapes = {
-            name: arrays.channels_first_shape(
-                array, spec.layout if name in ("input", "offset", "mask") else "NCHW"
-            )
+            name: arrays.channels_first_shape(array, spec.layout if name in ("input", "offset", "mask") else "NCHW")
             for name, array in named.items()
         }
         shapes.setdefault("weight", spec.weight_shape)
@@ -321,9 +314,7 @@ class Kernel:
             if name in named and not arrays.is_dense(named[name], spec.layout)
         ]
         if strided:
-            _log.debug(
-                "%s: %s not contiguous in %s: copied at each call", self, ", ".join(strided), spec.layout
-            )
+            _log.debug("%s: %s not contiguous in %s: copied at each call", self, ", ".join(strided), spec.layout)
         call.copies = bool(strided)
         if bias is not None and (spec.dtype != spec.accumulator_dtype or not arrays.is_dense(bias, "NCHW")):
             call.bias_dtype = spec.accumulator_dtype
@@ -369,9 +360,7 @@ class Kernel:
                 f"{' in this order' if spec.layout == 'NHWC' else ''}."
             )
         if not arrays.is_dense(out, spec.layout):
-            raise SpecError(
-                f"out must be contiguous in the layout {spec.layout}. Leave it out, or make it so."
-            )
+            raise SpecError(f"out must be contiguous in the layout {spec.layout}. Leave it out, or make it so.")
         if isinstance(out, np.ndarray) and not out.flags.writeable:
             raise SpecError("out is read-only.")
 

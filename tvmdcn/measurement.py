@@ -182,16 +182,12 @@ class Measurement:
             raise MeasurementError(f"a row must be a JSON object, got {type(data).__name__}.")
         if data.get("schema") != SCHEMA:
             found = data.get("schema")
-            raise MeasurementError(
-                f"schema must be {SCHEMA}, got {found!r}: measure again with this version."
-            )
+            raise MeasurementError(f"schema must be {SCHEMA}, got {found!r}: measure again with this version.")
         expected = {"schema", *(field.name for field in fields(cls))}
         if set(data) != expected:
             missing = ", ".join(sorted(expected - set(data))) or "none"
             unknown = ", ".join(sorted(map(str, set(data) - expected))) or "none"
-            raise MeasurementError(
-                f"a row has other keys than it should: missing {missing}; unknown {unknown}."
-            )
+            raise MeasurementError(f"a row has other keys than it should: missing {missing}; unknown {unknown}.")
         values = {name: value for name, value in data.items() if name != "schema"}
         try:
             values["spec"] = DeformConv2dSpec.from_json(values["spec"])
@@ -205,9 +201,7 @@ class Measurement:
 def _check(name: str, value: Any, valid: bool, expected: str) -> None:
     if not valid:
         text = repr(value)
-        raise MeasurementError(
-            f"{name} must be {expected}, got {text if len(text) < 80 else text[:77] + '...'}."
-        )
+        raise MeasurementError(f"{name} must be {expected}, got {text if len(text) < 80 else text[:77] + '...'}.")
 
 
 def append_row(path: str | Path, row: Measurement) -> None:
@@ -317,9 +311,7 @@ def _commit(checkout: Path) -> str | None:
         return None
     git = ["git", "-C", str(checkout)]
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, timeout=10
-        )
+        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, timeout=10)
         # Only what can change a kernel's speed: a benchmark must not call itself changed by the rows it
         # writes.
         changed = subprocess.run(

@@ -35,9 +35,7 @@ def load_model(text: str) -> Any:
 
     module_name, _, factory = text.partition(":")
     if not all(map(str.isidentifier, (*module_name.split("."), factory))):
-        raise SpecError(
-            f"--model must be MODULE:FACTORY, such as mypackage.models:make_detector, got {shown(text)}."
-        )
+        raise SpecError(f"--model must be MODULE:FACTORY, such as mypackage.models:make_detector, got {shown(text)}.")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -57,9 +55,7 @@ def load_model(text: str) -> Any:
             f"--model {shown(text)}: {factory}() failed: {_described(error)}. It is called without arguments."
         ) from error
     if not isinstance(model, torch.nn.Module):
-        raise SpecError(
-            f"--model {shown(text)}: {factory} of {module_name} is no torch.nn.Module and returns none."
-        )
+        raise SpecError(f"--model {shown(text)}: {factory} of {module_name} is no torch.nn.Module and returns none.")
     return model
 
 

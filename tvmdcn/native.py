@@ -100,9 +100,7 @@ class _Runtime:
         # TVMFFIErrorCell begins with the byte arrays kind and message.
         kind, message = (_Bytes * 2).from_address(handle.value + _OBJECT_HEADER_BYTES)
         text = ": ".join(
-            ctypes.string_at(part.data, part.size).decode(errors="replace")
-            for part in (kind, message)
-            if part.size
+            ctypes.string_at(part.data, part.size).decode(errors="replace") for part in (kind, message) if part.size
         )
         self.release(handle)
         return text
@@ -199,9 +197,7 @@ class Module:
         lookup = native.global_function("ffi.ModuleGetFunction")
         kind, handle = native.invoke(lookup, (_MODULE, self._handle), name.encode(), 0)
         if kind != _FUNCTION:
-            raise ArtifactError(
-                f"{self.path} has no function {name}: it was not built by this version. Delete it."
-            )
+            raise ArtifactError(f"{self.path} has no function {name}: it was not built by this version. Delete it.")
         return Function(handle, name)
 
 

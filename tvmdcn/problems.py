@@ -240,9 +240,7 @@ def parse_problem(text: str) -> Problem:
             raise SpecError(f"{key} in problem {shown(text)} is {what}. The form is {_FORM}.")
         fields[_OPTIONS[key]] = _option(key, value, text)
     if "padding" not in fields:
-        kernel, dilation = (
-            fields.get(name, default) for name, default in (("kernel_size", 3), ("dilation", 1))
-        )
+        kernel, dilation = (fields.get(name, default) for name, default in (("kernel_size", 3), ("dilation", 1)))
         pairs = [(value, value) if isinstance(value, int) else value for value in (kernel, dilation)]
         fields["padding"] = _same_padding(*pairs)
     spec = DeformConv2dSpec(in_channels, out_channels, **fields)
@@ -297,9 +295,7 @@ def _option(key: str, value: str, text: str) -> Any:
     counts = (1,) if key in ("g", "og") else (1, 2) if key != "p" else (1, 2, 4)
     parts = value.split("x")
     if len(parts) not in counts or not all(map(_is_number, parts)):
-        raise SpecError(
-            f"{key} in problem {shown(text)} must look like 1 or 2x1, got {value!r}. The form is {_FORM}."
-        )
+        raise SpecError(f"{key} in problem {shown(text)} must look like 1 or 2x1, got {value!r}. The form is {_FORM}.")
     numbers = tuple(map(int, parts))
     return numbers if len(numbers) > 1 else numbers[0]
 
@@ -339,9 +335,7 @@ def load_problem_file(path: str | Path) -> list[Problem]:
             or not {"problem"} <= set(entry) <= {"problem", "name"}
             or not all(isinstance(value, str) for value in entry.values())
         ):
-            raise SpecError(
-                f"{path}, item {index}: expected a text or {{'name', 'problem'}}, got {shown(item)}."
-            )
+            raise SpecError(f"{path}, item {index}: expected a text or {{'name', 'problem'}}, got {shown(item)}.")
         problem = parse_problem(entry["problem"])
         name, source = entry.get("name", problem.name), f"{path.name}, item {index}"
         problems.append(Problem(name, problem.spec, problem.extents, source))

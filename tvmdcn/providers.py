@@ -191,9 +191,7 @@ def prepare_onnxruntime(
     return Prepared(call, lambda _: _from_nchw(out, spec))
 
 
-def _onnx_model(
-    spec: DeformConv2dSpec, feeds: dict[str, np.ndarray], weight: np.ndarray, bias: np.ndarray
-) -> bytes:
+def _onnx_model(spec: DeformConv2dSpec, feeds: dict[str, np.ndarray], weight: np.ndarray, bias: np.ndarray) -> bytes:
     """Return an ONNX model of one ``DeformConv`` (opset 19; 22 for bfloat16)."""
     try:
         from onnx import helper, numpy_helper

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuning records: the best schedules found on a target, with where they come from.
 
-``<root>/<target tag>/meta.json`` holds one record per signature, sizes and number of threads: decisions, times,
-provenance. Roots are that of TVMDCN_RECORDS, or the user's data directory, and the ``tuning_logs`` that ship
-with the package, in this order.
+``<root>/<target tag>/meta.json`` holds one record per signature, sizes and number of threads: decisions,
+times, provenance. Roots are that of TVMDCN_RECORDS, or the user's data directory, and the ``tuning_logs``
+that ship with the package, in this order.
 
 A record is decisions by name, not a trace: MetaSchedule's database of one layer takes 1.3 MB (the module is
 repeated in it, with its transpositions written out), and a trace can only be replayed on the very module it
@@ -175,12 +175,17 @@ class TuningRecords:
     def of(cls, tag: str) -> TuningRecords:
         """Return all records of a target tag, the user's before those that ship.
 
+        What ships for a signature that the user has tuned is left out, whatever the sizes.
+
         Raises
         ------
         RecordsError
             If a file cannot be read.
         """
-        found = [record for root in record_roots() for record in cls.read(root, tag).records]
+        found: list[Record] = []
+        for root in record_roots():
+            own = {record.spec for record in found}
+            found += [record for record in cls.read(root, tag).records if record.spec not in own]
         return cls(tag, found)
 
     @classmethod
@@ -237,7 +242,7 @@ class TuningRecords:
             ) from error
 
     def add(self, record: Record) -> bool:
-        """Keep a record if it is the first or fastest of its signature, sizes and threads; tell whether it was."""
+        """Keep a record if it is the first or fastest of its signature, sizes and threads; say whether so."""
         for i, known in enumerate(self.records):
             if (known.spec, known.extents, known.threads) == (record.spec, record.extents, record.threads):
                 if record.seconds >= known.seconds and known.provenance == record.provenance:
@@ -252,8 +257,8 @@ class TuningRecords:
     def best(self, spec: DeformConv2dSpec, threads: int | None = None) -> Found | None:
         """Return the decisions for a signature: its own; else of the nearest that is built alike; else None.
 
-        Distance is that of the logarithms of input and output channels per group. Of the sizes that one signature
-        was tuned on, the largest decides: there is the most time to win.
+        Distance is that of the logarithms of input and output channels per group. Of the sizes that one
+        signature was tuned on, the largest decides: there is the most time to win.
         """
 
         def rank(record: Record) -> tuple[float, float, int]:
@@ -288,6 +293,4 @@ def _read(path: Path, tag: str, _mtime: int, size: int) -> tuple[Record, ...]:
             raise RecordsError("it has no list of records.")
         return tuple(Record.from_json(row) for row in data["records"])
     except (OSError, ValueError, RecursionError, RecordsError) as error:
-        raise RecordsError(
-            f"{path} cannot be used: {error} Restore it, or delete it and tune again."
-        ) from error
+        raise RecordsError(f"{path} cannot be used: {error} Restore it, or delete it and tune again.") from error

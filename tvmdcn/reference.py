@@ -171,9 +171,7 @@ def _positions(
         pixel = np.arange(size[axis]) * spec.stride[axis] - spec.padding[axis]
         base = tap + (pixel[:, None] if axis == 0 else pixel)
         place = base.astype(dtype) + moved[:, :, :, :, axis]
-        places.append(
-            place.astype(np.float64).reshape(extents.batch, spec.offset_groups, spec.taps, size[0] * size[1])
-        )
+        places.append(place.astype(np.float64).reshape(extents.batch, spec.offset_groups, spec.taps, size[0] * size[1]))
     return places[0], places[1]
 
 

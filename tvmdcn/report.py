@@ -96,9 +96,7 @@ def report(
     if not rows:
         names = ", ".join(map(str, paths)) or "no file"
         detail = f" {broken[0]}" if broken else ""
-        raise MeasurementError(
-            f"there is no sound row in {names}.{detail} Measure with scripts/benchmark.py."
-        )
+        raise MeasurementError(f"there is no sound row in {names}.{detail} Measure with scripts/benchmark.py.")
     if records_dir is not None:
         histories = [*histories, *recorded_histories(Path(records_dir))]
     pairs = cached_pairs(rows) if schedules is None else list(schedules)

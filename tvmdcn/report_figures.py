@@ -161,9 +161,7 @@ def draw_bars(section: Section, name: str) -> Markup | None:
         return row.median_ms / unit.median_ms
 
     # A bar beyond any peer that competes would flatten all the others: it is cut, and says its height.
-    contenders = [
-        height(line, row) for line in lines for row in (line.ours, line.fastest_peer) if row is not None
-    ]
+    contenders = [height(line, row) for line in lines for row in (line.ours, line.fastest_peer) if row is not None]
     limit = 1.18 * max([*contenders, 1.0])
     drawing = _Drawing(name, max(42.0 * len(lines) + 120, 700.0), 300)
     axes = drawing.axes
@@ -182,13 +180,9 @@ def draw_bars(section: Section, name: str) -> Markup | None:
             drawing.tip(bar, f"{line.problem}, {provider}: {row.median_ms:.3g} ms, {value:.2f}x")
             if value > limit or provider == section.subject:
                 text = f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-                axes.text(
-                    at, min(value, limit), text, ha="center", va="bottom", fontsize=7, color=_STAND_INS["ink"]
-                )
+                axes.text(at, min(value, limit), text, ha="center", va="bottom", fontsize=7, color=_STAND_INS["ink"])
     if use_floor:
-        axes.axhline(
-            1.0, color=_STAND_INS[_FLOOR], linewidth=1.4, linestyle=(0, (4, 2)), label="plain conv2d"
-        )
+        axes.axhline(1.0, color=_STAND_INS[_FLOOR], linewidth=1.4, linestyle=(0, (4, 2)), label="plain conv2d")
     axes.set_xticks(range(len(lines)), [_short(line.problem) for line in lines], rotation=32, ha="right")
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(lines) - 0.4)
@@ -232,9 +226,7 @@ def draw_tuning(history: TuningHistory, name: str) -> Markup | None:
     top = max(min(measured[-1], 6 * best.time_ms), best.time_ms * 1.2) * 1.05
     floor = best.time_ms * 0.8
     dots = [(t.index, min(t.time_ms, top)) for t in history.trials if t.time_ms is not None]
-    axes.scatter(
-        *zip(*dots, strict=True), s=9, color=_STAND_INS["faint"], alpha=0.55, linewidths=0, label="trial"
-    )
+    axes.scatter(*zip(*dots, strict=True), s=9, color=_STAND_INS["faint"], alpha=0.55, linewidths=0, label="trial")
     failures = [trial.index for trial in history.trials if trial.time_ms is None]
     if failures:
         axes.scatter(

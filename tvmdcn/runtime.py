@@ -59,9 +59,7 @@ def load(
         If the build fails.
     """
     if not isinstance(spec, DeformConv2dSpec):
-        raise SpecTypeError(
-            f"spec must be a DeformConv2dSpec, got {shown(spec)} of type {type(spec).__name__}."
-        )
+        raise SpecTypeError(f"spec must be a DeformConv2dSpec, got {shown(spec)} of type {type(spec).__name__}.")
     if schedule not in ("tuned", "default", "naive"):
         raise SpecError(
             f"schedule must be 'tuned', 'default' or 'naive', got {shown(schedule)}. For decisions of your "
@@ -77,9 +75,7 @@ def load(
     return kernel
 
 
-def _obtain(
-    spec: DeformConv2dSpec, target: TargetInfo, schedule: str, threads: int | None, root: Path
-) -> Kernel:
+def _obtain(spec: DeformConv2dSpec, target: TargetInfo, schedule: str, threads: int | None, root: Path) -> Kernel:
     mode = env.build_mode()
     key = CacheKey.of(spec, target, schedule)
     if mode != "rebuild":
@@ -101,9 +97,7 @@ def _substitute(key: CacheKey, root: Path) -> Artifact:
     """Return an artifact that differs in nothing but the records it was tuned with, or say what there is."""
     near = nearest(key, root)
     if near is not None and all(line.startswith("records:") for line in near[1]):
-        _log.info(
-            "%s was built with other tuning records than are here; TVMDCN_BUILD=never, so used", near[0].path
-        )
+        _log.info("%s was built with other tuning records than are here; TVMDCN_BUILD=never, so used", near[0].path)
         return near[0]
     message = (
         f"there is no artifact for {key.path(root).name} (schedule {key.schedule!r}) in {root}, and "
@@ -112,8 +106,7 @@ def _substitute(key: CacheKey, root: Path) -> Artifact:
     if near is not None:
         message += f"The nearest is {near[0].path}; it differs in {'; '.join(near[1])}. "
     raise ArtifactMissing(
-        message
-        + "Build it where a compiler is (tvmdcn.build), copy the cache here, or set TVMDCN_BUILD=auto."
+        message + "Build it where a compiler is (tvmdcn.build), copy the cache here, or set TVMDCN_BUILD=auto."
     )
 
 

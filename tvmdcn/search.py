@@ -157,9 +157,7 @@ class _Names:
         made = self.decisions(trace)
         one_hot = [float(made.variant == variant) for variant in self.variants]
         parts = [float(made.variant.split("-")[0] == v.split("-")[0]) for v in self.variants[:1]]
-        return np.array(
-            [*one_hot, *parts, *(math.log2(made.values.get(name, 1)) for name in self.columns)], "float64"
-        )
+        return np.array([*one_hot, *parts, *(math.log2(made.values.get(name, 1)) for name in self.columns)], "float64")
 
 
 class Search:

@@ -282,9 +282,7 @@ class Session:
                 if outcome.reason:
                     _log.info("%s: %s", candidate.decisions, outcome.reason)
                 with uninterrupted():
-                    self.log.add(
-                        TrialRow(candidate.decisions, seconds, outcome.reason, self._before + self.elapsed())
-                    )
+                    self.log.add(TrialRow(candidate.decisions, seconds, outcome.reason, self._before + self.elapsed()))
                     self.known[candidate.identity] = seconds
                     done.append(candidate)
                 self.tell("measure")
@@ -306,9 +304,7 @@ class Session:
         finalists = [row.decisions for row in self.ranked()[:_FINALISTS]]
         if self.default not in finalists:
             finalists.append(self.default)
-        built = [
-            (d, n) for d, (n, reason) in zip(finalists, workers.build(finalists), strict=True) if not reason
-        ]
+        built = [(d, n) for d, (n, reason) in zip(finalists, workers.build(finalists), strict=True) if not reason]
         outcomes = workers.measure_together([n for _, n in built], _FINAL_ROUNDS)
         timed = [(o.median, d) for (d, _), o in zip(built, outcomes, strict=True) if not o.reason]
         if not timed:

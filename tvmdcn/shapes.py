@@ -135,6 +135,4 @@ def _check_batch_and_size(
     if shape[0] != batch:
         raise SpecError(f"{name} must have the batch size of input, {batch}, got {shape[0]} (shape {shape}).")
     if shape[2:] != size:
-        raise SpecError(
-            f"{name} must be of the output's size {size}, got {shape[2:]} (shape {shape}). {derivation}"
-        )
+        raise SpecError(f"{name} must be of the output's size {size}, got {shape[2:]} (shape {shape}). {derivation}")

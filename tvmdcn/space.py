@@ -101,9 +101,7 @@ class Choices:
         # Of the divisors that are possible, the largest that is not above the wish.
         value = next(v for v in range(min(max(value, 1), limit), 0, -1) if fits(v))
         self.made[name] = value
-        factors = self.sch.sample_perfect_tile(
-            loop, n=2, max_innermost_factor=limit, decision=[extent // value, value]
-        )
+        factors = self.sch.sample_perfect_tile(loop, n=2, max_innermost_factor=limit, decision=[extent // value, value])
         return list(self.sch.split(loop, list(factors)))
 
     def pick(self, name: str, candidates: Sequence[int], default: int) -> Any:
@@ -111,9 +109,7 @@ class Choices:
         wish = self.given.get(name, default)
         index = min(range(len(candidates)), key=lambda i: abs(candidates[i] - wish))
         self.made[name] = candidates[index]
-        return self.sch.sample_categorical(
-            list(candidates), [1.0 / len(candidates)] * len(candidates), decision=index
-        )
+        return self.sch.sample_categorical(list(candidates), [1.0 / len(candidates)] * len(candidates), decision=index)
 
 
 Apply = Callable[[Any, Any, TargetInfo, str, Choices], None]

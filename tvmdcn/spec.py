@@ -110,9 +110,7 @@ class DeformConv2dSpec:
         for parts, channels in (("groups", "in"), ("groups", "out"), ("offset_groups", "in")):
             name = f"{channels}_channels"
             if normal[name] % normal[parts]:
-                raise SpecError(
-                    f"{parts} must divide {name}, got {parts}={normal[parts]} and {name}={normal[name]}."
-                )
+                raise SpecError(f"{parts} must divide {name}, got {parts}={normal[parts]} and {name}={normal[name]}.")
         check_shape("weight", self.weight_shape, WEIGHT_AXES)
         for axis in (0, 1):
             check_int("dilation * (kernel - 1) + 1", self._kernel_extent(axis), 1)
@@ -201,9 +199,7 @@ class DeformConv2dSpec:
 
     def output_shape(self, extents: Extents) -> tuple[int, int, int, int]:
         """Return the output's shape, in the order of `layout`."""
-        return self._image_shape(
-            extents.batch, self.out_channels, *self.output_size(extents.height, extents.width)
-        )
+        return self._image_shape(extents.batch, self.out_channels, *self.output_size(extents.height, extents.width))
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -309,7 +305,5 @@ class DeformConv2dSpec:
         SpecError, SpecTypeError
             With the argument, its value, the limit, and what to do.
         """
-        spec, extents = derive(
-            cls, input, offset, weight, mask, bias, stride, padding, dilation, dtype, layout
-        )
+        spec, extents = derive(cls, input, offset, weight, mask, bias, stride, padding, dilation, dtype, layout)
         return spec, Extents(*extents)

@@ -196,9 +196,7 @@ def _sysctl(name: str) -> int:
     """Return an integer of macOS's sysctl, 0 where there is none."""
     value, size = ctypes.c_uint64(0), ctypes.c_size_t(8)
     libc = ctypes.CDLL(None)
-    failed = libc.sysctlbyname(
-        name.encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0)
-    )
+    failed = libc.sysctlbyname(name.encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0))
     return 0 if failed else value.value
 
 
@@ -319,9 +317,7 @@ def resolve_target(target: str | TargetInfo | None = None) -> TargetInfo:
     if target is None:
         target = env.target() or "llvm"
     if not isinstance(target, str):
-        raise SpecTypeError(
-            f"target must be a name or a TargetInfo, got {target!r} of type {type(target).__name__}."
-        )
+        raise SpecTypeError(f"target must be a name or a TargetInfo, got {target!r} of type {type(target).__name__}.")
     if target == "llvm":
         return detect_target()
     name = {"llvm-aarch64": "generic"}.get(target, target.removeprefix("llvm-"))
@@ -353,9 +349,7 @@ def host_identity() -> dict[str, Any]:
             continue
     target = detect_target()
     return {
-        "cpu": (processors[0].get("model name") if processors else None)
-        or platform.processor()
-        or target.mcpu,
+        "cpu": (processors[0].get("model name") if processors else None) or platform.processor() or target.mcpu,
         "target": target.to_json(),
         "processors": os.cpu_count() or 0,
         "hypervisor": bool(processors) and "hypervisor" in _features(processors[0]),

@@ -38,8 +38,7 @@ def numpy_dtype(dtype: str) -> np.dtype:
             import ml_dtypes
         except ImportError as error:
             raise SpecError(
-                "dtype bfloat16 exists in NumPy only with the package ml_dtypes: "
-                "pip install ml_dtypes, or use torch."
+                "dtype bfloat16 exists in NumPy only with the package ml_dtypes: pip install ml_dtypes, or use torch."
             ) from error
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(dtype)

@@ -215,9 +215,7 @@ class Workers:
         Seconds after which a trial is given up, and its process killed.
     """
 
-    def __init__(
-        self, job: Job, builders: int, build_timeout: float = 60.0, run_timeout: float = 60.0
-    ) -> None:
+    def __init__(self, job: Job, builders: int, build_timeout: float = 60.0, run_timeout: float = 60.0) -> None:
         from tvm.support.popen_pool import PopenPoolExecutor
 
         self.job = job
@@ -245,9 +243,7 @@ class Workers:
             for _, future in futures:
                 future.cancel()
 
-    def _build(
-        self, candidates: Sequence[Decisions], futures: list[tuple[str, Any]]
-    ) -> list[tuple[str, str]]:
+    def _build(self, candidates: Sequence[Decisions], futures: list[tuple[str, Any]]) -> list[tuple[str, str]]:
         for decisions in candidates:
             self._count += 1
             name = f"trial{self._count}"

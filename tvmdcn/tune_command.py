@@ -179,9 +179,7 @@ def _summary(problem: Problem, result: TuningResult) -> str:
     show_default=True,
     help="Schedules to measure for each layer.",
 )
-@click.option(
-    "--threads", type=click.IntRange(1), help="Threads of a call; by default all that the process may use."
-)
+@click.option("--threads", type=click.IntRange(1), help="Threads of a call; by default all that the process may use.")
 @click.option(
     "--time-budget",
     type=click.FloatRange(0, min_open=True),
@@ -242,9 +240,7 @@ def _tune_all(chosen: Sequence[Problem], target: str | None, options: dict[str, 
     try:
         for position, problem in enumerate(chosen, 1):
             try:
-                with _Display(
-                    f"{problem.name} ({position}/{len(chosen)})", options["time_budget"]
-                ) as display:
+                with _Display(f"{problem.name} ({position}/{len(chosen)})", options["time_budget"]) as display:
                     result = tune(
                         problem.spec,
                         problem.extents,

@@ -84,9 +84,7 @@ def tune(
         If Ctrl-C comes before anything was measured.
     """
     if not isinstance(spec, DeformConv2dSpec):
-        raise SpecTypeError(
-            f"spec must be a DeformConv2dSpec, got {shown(spec)} of type {type(spec).__name__}."
-        )
+        raise SpecTypeError(f"spec must be a DeformConv2dSpec, got {shown(spec)} of type {type(spec).__name__}.")
     check_int("trials", trials, 1)
     count = thread_count() if threads is None else check_int("threads", threads, 1)
     if time_budget is not None and not (isinstance(time_budget, (int, float)) and 0 < time_budget < math.inf):
@@ -96,9 +94,7 @@ def tune(
     info = resolve_target(target)
     here = detect_target()
     if info.tag != here.tag and not info.features <= here.features:
-        raise SpecError(
-            f"target {info.tag} cannot be measured on this machine, which is {here.tag}. Tune there."
-        )
+        raise SpecError(f"target {info.tag} cannot be measured on this machine, which is {here.tag}. Tune there.")
     require("tune", "tuning")
     root = user_root() if records is None else Path(records)
     TuningRecords.read(root, info.tag)  # a damaged file is told now, not after the search

@@ -37,15 +37,13 @@ def check_int(name: str, value: Any, minimum: int, within: Any = None) -> int:
         except TypeError:
             found = f"{shown(value)} of type {type(value).__name__}"
             raise SpecTypeError(
-                f"{name} must be made of ints, got {found}"
-                + (f" in {shown(within)}." if within is not None else ".")
+                f"{name} must be made of ints, got {found}" + (f" in {shown(within)}." if within is not None else ".")
             ) from None
     if value < minimum:
         raise SpecError(f"{name} must be at least {minimum}, got {name}={shown(whole)}.")
     if value > INT32_MAX:
         raise SpecError(
-            f"{name} must be at most {INT32_MAX}, as kernels index with 32-bit integers, "
-            f"got {name}={shown(whole)}."
+            f"{name} must be at most {INT32_MAX}, as kernels index with 32-bit integers, got {name}={shown(whole)}."
         )
     return value
 
@@ -66,8 +64,7 @@ def check_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
         )
     if len(value) != 2:
         raise SpecError(
-            f"{name} must be an int or a pair (vertical, horizontal), "
-            f"got {len(value)} values: {name}={shown(value)}."
+            f"{name} must be an int or a pair (vertical, horizontal), got {len(value)} values: {name}={shown(value)}."
         )
     vertical, horizontal = (check_int(name, item, minimum, value) for item in value)
     return vertical, horizontal
@@ -131,9 +128,7 @@ def check_layout(layout: Any) -> str:
 def check_flag(name: str, value: Any) -> bool:
     """Return `value` if it is a bool."""
     if not isinstance(value, bool):
-        raise SpecTypeError(
-            f"{name} must be True or False, got {name}={shown(value)} of type {type(value).__name__}."
-        )
+        raise SpecTypeError(f"{name} must be True or False, got {name}={shown(value)} of type {type(value).__name__}.")
     return value
 
 

@@ -48,9 +48,7 @@ class CachedWeight:
 
     __slots__ = ("_address", "_reference", "_sample", "_strides", "_values", "_version", "packed")
 
-    def __init__(
-        self, arrays: TorchArrays, weight: Any, packed: PackedWeight, forget: Callable[[Any], object]
-    ) -> None:
+    def __init__(self, arrays: TorchArrays, weight: Any, packed: PackedWeight, forget: Callable[[Any], object]) -> None:
         self.packed = packed
         self._reference: Callable[[], Any] = weakref.ref(weight, forget)
         self._version = weight._version

@@ -19,9 +19,9 @@ Structural variants, named ``<reduction>-<vectors>-<plan>``:
 
 Read in assembly (AVX-512, r50_c3): two steps of the product's inner loop are 48 fused multiply-adds, 24 broadcasts and
 4 aligned loads, 80 instructions in all, nothing spilled; a sample takes 4 loads of indices, 4 multiply-adds from memory
-with the weights, and a store per vector of channels. Measured there (Zen 5 server, one thread, 2026-11): product 78 % of
-the time at 225 GFLOP/s, sampling 13 %, the two transpositions 5 %. With eight offset groups (edvr_align): product 40 %,
-sampling 43 %, most of it waiting for the image in the second-level cache.
+with the weights, and a store per vector of channels. Measured (Zen 5 server, one thread, 2026-11-22, perf): product
+78 % of the time at 225 GFLOP/s, sampling 13 %, the two transpositions 5 %. With eight offset groups (edvr_align):
+product 40 %, sampling 43 %, most of it waiting for the image in the second-level cache.
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ def naive(sch: Any, spec: DeformConv2dSpec) -> None:
 
 
 @design_space(FUNCTION, "llvm", variants=variants, naive=naive)
-def deform_conv2d(
-    sch: Any, spec: DeformConv2dSpec, target: TargetInfo, variant: str, choices: Choices
-) -> None:
+def deform_conv2d(sch: Any, spec: DeformConv2dSpec, target: TargetInfo, variant: str, choices: Choices) -> None:
     """Schedule the forward of a deformable convolution."""
 
     def block(name: str) -> Any:
@@ -178,9 +176,7 @@ def _columns(
 
 def _sampling_lanes(spec: DeformConv2dSpec, target: TargetInfo) -> int:
     """Return the channels in a vector of samples: all in one offset group."""
-    return min(
-        target.vector_bits // 8 // _ITEM[spec.accumulator_dtype], spec.in_channels // spec.offset_groups
-    )
+    return min(target.vector_bits // 8 // _ITEM[spec.accumulator_dtype], spec.in_channels // spec.offset_groups)
 
 
 def _plan(sch: Any, block: Any, spec: DeformConv2dSpec, target: TargetInfo, at: Any, task: Any) -> None:
@@ -198,9 +194,7 @@ def _plan(sch: Any, block: Any, spec: DeformConv2dSpec, target: TargetInfo, at: 
         sch.compute_at(block(name), task, preserve_unit_loops=True)
 
 
-def _depthwise(
-    sch: Any, block: Any, spec: DeformConv2dSpec, target: TargetInfo, choices: Choices, lanes: int
-) -> None:
+def _depthwise(sch: Any, block: Any, spec: DeformConv2dSpec, target: TargetInfo, choices: Choices, lanes: int) -> None:
     """Gather and multiply-add in one: there is no product of matrices to feed."""
     product = block("product")
     sums = sch.cache_write(product, 0, "local")

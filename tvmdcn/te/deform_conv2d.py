@@ -3,13 +3,15 @@
 
     y(p) = sum_k w(p_k) * x(p + p_k + dp_k) * dm(p_k)
 
-One kernel serves every batch, height and width. Pixels of the output are numbered row by row and walked in *tiles* of
-`tile_units` units of `GRANULE` pixels; both counts are arguments that the caller chooses (`tvmdcn.partition`), and the
-last units may reach past the end. Everything inside a unit has a constant extent, so that the
-register kernel needs no predicate.
+One kernel serves every batch, height and width. The pixels of an output image are numbered row by row and walked in
+*tiles* of `tile_units` units of `GRANULE` pixels; both counts are arguments that the caller chooses
+(`tvmdcn.partition`). A *task* is one tile of one image. Everything inside a unit has a constant extent, so that neither
+the sampling nor the register kernel needs a predicate: units that would reach past the end of an image are moved back,
+and compute some pixels a second time, to the same bits. An output image therefore has at least `GRANULE` pixels; the
+caller pads smaller ones.
 
-Blocks, in order: ``channels_last`` (NCHW only), ``pixel_0``, ``pixel_1``, the sampling plan (``position_*``, ``index_*``,
-``weight_*``), ``columns``, ``product``, ``output``. Their names are the contract with `schedules/`.
+Blocks, in order: ``channels_last`` (NCHW only), ``pixel_0``, ``pixel_1``, the sampling plan (`sampling.plan_blocks`),
+``columns``, ``product``, ``output``. Their names are the contract with `schedules/`.
 """
 
 from __future__ import annotations
@@ -102,9 +104,7 @@ def deform_conv2d(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
 
     batch, size = (tirx.Var(name, "int32") for name in ("batch", "size"))
     height, width, out_width = (tirx.Var(name, "int32") for name in ("height", "width", "out_width"))
-    pixels, tasks, tiles, tile_units = (
-        tirx.Var(name, "int32") for name in ("pixels", "tasks", "tiles", "tile_units")
-    )
+    pixels, tasks, tiles, tile_units = (tirx.Var(name, "int32") for name in ("pixels", "tasks", "tiles", "tile_units"))
 
     def plane(channels: int) -> tuple[Any, ...]:
         return (batch, channels, pixels) if nchw else (batch, pixels, channels)
@@ -126,9 +126,7 @@ def deform_conv2d(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
 
     tile_shape = (tasks, tile_units, GRANULE)
     row = te.compute(tile_shape, lambda t, u, i: (first_pixel(t, u) + i) // out_width, name="pixel_0")
-    column = te.compute(
-        tile_shape, lambda t, u, i: first_pixel(t, u) + i - row(t, u, i) * out_width, name="pixel_1"
-    )
+    column = te.compute(tile_shape, lambda t, u, i: first_pixel(t, u) + i - row(t, u, i) * out_width, name="pixel_1")
 
     def position(axis: int, o: Any, k: Any, t: Any, u: Any, i: Any) -> Any:
         tap = k // kernel_width if axis == 0 else k % kernel_width
@@ -166,9 +164,7 @@ def deform_conv2d(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
     if is_depthwise(spec):  # no product of matrices: vectors run over the channels themselves
         result = te.compute(
             (1, channels // lanes, *tile_shape, lanes),
-            lambda g, b, t, u, i, v: te.sum(
-                column_at(t, u, i, k, b * lanes, v) * weight[g, b, k, 0, v], axis=[k]
-            ),
+            lambda g, b, t, u, i, v: te.sum(column_at(t, u, i, k, b * lanes, v) * weight[g, b, k, 0, v], axis=[k]),
             name="product",
         )
     else:
@@ -215,7 +211,10 @@ def _with_layout_stages(staged: tirx.PrimFunc, spec: DeformConv2dSpec, lanes: in
 
 
 def pack_weight(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
-    """Return ``pack_weight(weight, packed)`` as TIR: from ``[Cout, Cin/groups, kh, kw]`` to `packed_shape`, zero-padded."""
+    """Return ``pack_weight(weight, packed)`` as TIR.
+
+    From ``[Cout, Cin/groups, kh, kw]`` to `packed_shape`; channels that fill up a block are zeros.
+    """
     per_group = spec.out_channels if is_depthwise(spec) else spec.out_channels // spec.groups
     kernel_width, acc = spec.kernel_size[1], spec.accumulator_dtype
     shape = (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel_size)

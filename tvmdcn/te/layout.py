@@ -17,7 +17,17 @@ from tvm import tirx
 from tvm.ir import Range, TensorRegion, load_json, save_json
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
-__all__ = ["TOKEN", "Epilogue", "block_nest", "declare_reads", "pixel_strips", "store_tile", "to_channels_last", "transpose_into", "with_alignment"]
+__all__ = [
+    "TOKEN",
+    "Epilogue",
+    "block_nest",
+    "declare_reads",
+    "pixel_strips",
+    "store_tile",
+    "to_channels_last",
+    "transpose_into",
+    "with_alignment",
+]
 
 Expr = Any
 
@@ -25,7 +35,8 @@ TOKEN = (0, 1)
 """Region in which the image's stage and its reader are said to meet.
 
 The schedule proves that a stage writes what the next reads; of a gather from an image of free size it cannot, and need
-not: ``channels_last`` stays a stage of its own before the tiles. So both sides declare one element, which keeps their order.
+not: ``channels_last`` stays a stage of its own before the tiles. So both sides declare one element, which keeps their
+order.
 """
 
 
@@ -44,7 +55,7 @@ def block_nest(
     ]
     at = [axis.var for axis in axes]
     nest: tirx.Stmt = SBlockRealize(loops, True, SBlock(axes, reads(*at), writes(*at), name, body(*at)))
-    for loop, (_, extent) in reversed(list(zip(loops, extents))):
+    for loop, (_, extent) in reversed(list(zip(loops, extents, strict=True))):
         nest = serial(loop, extent, nest)
     return nest
 
@@ -193,9 +204,7 @@ def to_channels_last(x: tirx.Buffer, image: tirx.Buffer, groups: int, dtype: str
         zero = tirx.BufferStore(image, tirx.const(0.0, dtype), [n, (k * (size + 1) + size) * width + z])
         return tirx.SeqStmt(
             [
-                tirx.IfThenElse(
-                    size >= side, blocks, serial(h, groups, serial(p, size, serial(c, width, small)))
-                ),
+                tirx.IfThenElse(size >= side, blocks, serial(h, groups, serial(p, size, serial(c, width, small)))),
                 tirx.IfThenElse(pb == 0, serial(k, groups, serial(z, width, zero)), None),
             ]
         )
@@ -268,8 +277,9 @@ def store_tile(stage: Epilogue, granule: int, acc: str, dtype: str) -> tirx.Stmt
 
         if stage.nchw:
             strips = pixel_strips(granule, lanes)
-            return tirx.SeqStmt([s for first_, side in strips for v0 in range(0, lanes, side)
-                                 for s in planar(first_, side, v0)])
+            return tirx.SeqStmt(
+                [s for first_, side in strips for v0 in range(0, lanes, side) for s in planar(first_, side, v0)]
+            )
         i, v = tirx.Var("i", "int32"), tirx.Var("v", "int32")
         if whole:
             value = load(i, lanes_at(0, lanes)) + tirx.BufferLoad(bias, [lanes_at(channel, lanes)])

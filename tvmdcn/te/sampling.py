@@ -173,14 +173,12 @@ def interpolate(plan: Plan, at: Sequence[Expr], read: Callable[[Expr], Expr]) ->
         ``read(index)`` is the image's element there, in the plan's dtype.
     """
     total: Expr | None = None
-    for index, weight in zip(plan.indices, plan.weights):
+    for index, weight in zip(plan.indices, plan.weights, strict=True):
         i = index(*at)
         # A corner outside must be worth 0 whatever the image holds: 0 * inf would be NaN. So it is either read from a
         # pixel of zeros (two instructions a corner) or masked (nine, but no copy of the image is needed).
-        if plan.zero_pixel:
-            value = read(i)
-        else:
-            value = tirx.Select(i >= 0, read(te.max(i, 0)), tirx.const(0.0, plan.dtype))
+        outside = tirx.const(0.0, plan.dtype)
+        value = read(i) if plan.zero_pixel else tirx.Select(i >= 0, read(te.max(i, 0)), outside)
         term = weight(*at) * value
         total = term if total is None else total + term
     return total
