@@ -168,6 +168,7 @@ def start(root: Path) -> subprocess.Popen[str]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(root)},  # what a killed process leaves behind goes with the test's
         text=True,
         start_new_session=True,
     )

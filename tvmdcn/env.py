@@ -25,6 +25,7 @@ __all__ = [
     "lock_timeout",
     "num_threads",
     "records_dir",
+    "set_default",
     "target",
     "unknown_names",
 ]
@@ -215,3 +216,8 @@ def unknown_names(environ: Mapping[str, str] | None = None) -> dict[str, str | N
         for name in names
         if name.startswith("TVMDCN_") and name not in SETTINGS
     }
+
+
+def set_default(name: str, value: str) -> None:
+    """Set a variable that another library reads, unless the user has."""
+    os.environ.setdefault(name, value)

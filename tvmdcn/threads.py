@@ -128,7 +128,7 @@ def _configure(count: int) -> None:
     processors = available_processors()
     if not _local.pool:
         _watch_forks()
-        os.environ.setdefault(_SPIN_VARIABLE, _SPIN_COUNT)
+        env.set_default(_SPIN_VARIABLE, _SPIN_COUNT)
         # A pool cannot grow, and torch's number of threads can.
         _local.pool = count if env.num_threads() else max(count, len(processors))
     elif count > _local.pool:
