@@ -212,7 +212,7 @@ def _chosen(names: Sequence[str]) -> list[Provider]:
 @click.option(
     "--real-layers",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder with the tensors of real layers, used instead of made-up ones.",
+    help="Folder with the tensors of the real layers, used for these instead of made-up ones.",
 )
 @click.option("--overhead", is_flag=True, help="Also measure call overhead and the time to the first result.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Append rows to this file.")

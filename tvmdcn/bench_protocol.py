@@ -29,7 +29,7 @@ from tvmdcn.bench_process import Worker, WorkerError
 from tvmdcn.bench_worker import save_tensors
 from tvmdcn.errors import TvmdcnError
 from tvmdcn.measurement import Measurement, identify_machine, identify_versions, percentile
-from tvmdcn.problems import Problem, make_tensors, real_layer
+from tvmdcn.problems import REAL_LAYERS, Problem, make_tensors, real_layer
 from tvmdcn.providers import Provider, default_providers
 from tvmdcn.reference import reference
 
@@ -191,7 +191,7 @@ class _Run:
     def inputs(self, problem: Problem) -> _Inputs:
         """Make the tensors of a problem and their exact result, once."""
         if problem not in self._inputs:
-            if self.real_layers is not None:
+            if self.real_layers is not None and problem.name in REAL_LAYERS:
                 tensors, _ = real_layer(problem.name, self.real_layers)
             else:
                 tensors = make_tensors(problem.spec, problem.extents, self.seed)
