@@ -37,7 +37,7 @@ def partition(pixels: int, granule: int, max_tile_units: int, batch: int, thread
         rounds = -(-max(batch, 1) * tiles // threads)
         if best is None or rounds * tile_units < best[0]:
             best = (rounds * tile_units, tiles, tile_units)
-        if 2 * tile_units <= min(max_tile_units, units) and best is not None and units > 8 * max_tile_units * threads:
+        if 2 * tile_units <= min(max_tile_units, units) and units > 8 * max_tile_units * threads:
             break  # many tasks: nothing to balance, and small tiles would only read the weights more often
     assert best is not None
     return best[1], best[2]

@@ -19,9 +19,14 @@ Structural variants, named ``<reduction>-<vectors>-<plan>``:
 
 Read in assembly (AVX-512, r50_c3): two steps of the product's inner loop are 48 fused multiply-adds, 24 broadcasts and
 4 aligned loads, 80 instructions in all, nothing spilled; a sample takes 4 loads of indices, 4 multiply-adds from memory
-with the weights, and a store per vector of channels. Measured (Zen 5 server, one thread, 2026-11-22, perf): product
-78 % of the time at 225 GFLOP/s, sampling 13 %, the two transpositions 5 %. With eight offset groups (edvr_align):
-product 40 %, sampling 43 %, most of it waiting for the image in the second-level cache.
+with the weights, and a store per vector of channels. Where the time goes (share of samples of perf record, tuned
+schedules, Zen 5 server, one thread, 2026-11-22):
+
+    layer       product  sampling  plan  image's layout  output's layout
+    r50_c3        82 %      9 %    1 %        3 %             3 %
+    deft          76 %     14 %    2 %        2 %             3 %
+    yolact_c3     67 %     14 %              10 %             2 %
+    edvr_align    49 %     33 %    8 %        4 %             3 %
 """
 
 from __future__ import annotations
