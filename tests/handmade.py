@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 import tvmdcn
-from tvmdcn import api, runtime
+from tvmdcn import api, gradient, runtime
 from tvmdcn.artifact import Artifact, KernelInterface, build_once
 from tvmdcn.cache_key import CacheKey
 from tvmdcn.errors import BuildError
 from tvmdcn.kernel import Kernel
 from tvmdcn.reference import reference
-from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.target import resolve_target
 from tvmdcn.tensors import Tensors
 
@@ -29,7 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SPEC = DeformConv2dSpec(6, 2, (3, 2), (2, 1), (1, 0), (2, 1), groups=2, offset_groups=3)
 EXTENTS = Extents(3, 5, 4)
 
-SOURCE = Path(__file__).with_name("handmade_kernel.c")
+SOURCES = {
+    "deform_conv2d": Path(__file__).with_name("handmade_kernel.c"),
+    "deform_conv2d_grad": Path(__file__).with_name("handmade_grad_kernel.c"),
+}
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 LANES, GRANULE, MAX_UNITS = 4, 6, 3
 _DTYPES = {"float16": (2, 16), "bfloat16": (4, 16), "float32": (2, 32), "float64": (2, 64)}
@@ -59,14 +62,21 @@ def compile_library(spec: DeformConv2dSpec, library: Path) -> KernelInterface:
         "GRANULE": GRANULE,
         "MAX_UNITS": MAX_UNITS,
     }
+    if isinstance(spec, DeformConv2dGradSpec):
+        names = ("grad_input", "grad_offset", "grad_weight", "grad_bias")
+        macros |= {name.upper(): int(getattr(spec, name)) for name in names}
+        macros["MMCV"] = int(spec.border == "mmcv")
     defines = [f"-D{name}={value}" for name, value in macros.items()]
-    command = [COMPILER or "cc", "-O1", "-shared", "-fPIC", *defines, "-o", str(library), str(SOURCE), "-lm"]
+    source = str(SOURCES[spec.operator])
+    command = [COMPILER or "cc", "-O1", "-shared", "-fPIC", *defines, "-o", str(library), source, "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise BuildError(f"the handmade kernel does not compile: {done.stderr}")
-    blocks = -(-(spec.out_channels // spec.groups) // LANES)
-    shape = (spec.groups, blocks, spec.taps, spec.in_channels // spec.groups, LANES)
-    return KernelInterface(GRANULE, MAX_UNITS, shape, spec.accumulator_dtype, spec.layout)
+    in_group, out_group = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    shape: tuple[int, ...] = (spec.groups, -(-out_group // LANES), spec.taps, in_group, LANES)
+    if isinstance(spec, DeformConv2dGradSpec):
+        shape = (spec.groups, spec.taps, 1, out_group, in_group)
+    return KernelInterface(GRANULE, MAX_UNITS, shape, spec.accumulator_dtype, spec.layout, spec.operator)
 
 
 def build(
@@ -93,6 +103,7 @@ def install(patch: Any) -> None:
     patch.setattr(tvmdcn, "builder", module, raising=False)
     patch.setattr(runtime, "_loaded", {})
     patch.setattr(api, "_kernels", {})
+    patch.setattr(gradient, "_kernels", {}, raising=False)
 
 
 def kernel_of(spec: DeformConv2dSpec = SPEC, **options) -> Kernel:

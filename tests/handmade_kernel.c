@@ -5,71 +5,9 @@
  *
  * Compiled with -D for every name in capitals that is not defined here (tests/handmade.py).
  */
-#include <math.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <string.h>
+#include "handmade.h"
 
-typedef struct {
-  int32_t type_index;
-  uint32_t padding;
-  union {
-    int64_t integer;
-    void *pointer;
-  } value;
-} Any;
-
-typedef struct {
-  char *data;
-  int32_t device_type, device_id, ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-} Tensor;
-
-typedef struct {
-  void *sync;
-  int32_t num_task;
-} Group;
-
-extern void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message);
-extern int TVMBackendParallelLaunch(int (*task)(int, Group *, void *), void *data, int num_task);
-
-#define TAPS (KH * KW)
 #define BLOCKS ((COUT / GROUPS + LANES - 1) / LANES)
-
-#if DTYPE_CODE == 4 /* bfloat16: the upper half of a float */
-typedef uint16_t item;
-static float load(item x) {
-  uint32_t bits = (uint32_t)x << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-static item store(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-#elif DTYPE_BITS == 16
-typedef _Float16 item;
-#define load(x) ((float)(x))
-#define store(x) ((_Float16)(x))
-#elif DTYPE_BITS == 32
-typedef float item;
-#define load(x) (x)
-#define store(x) (x)
-#else
-typedef double item;
-#define load(x) (x)
-#define store(x) (x)
-#endif
-#if DTYPE_BITS == 64
-typedef double acc;
-#else
-typedef float acc;
-#endif
 
 typedef struct {
   const item *x, *offset, *mask;
@@ -78,46 +16,23 @@ typedef struct {
   int64_t n, height, width, out_width, pixels, tasks, tiles, units;
 } Call;
 
-static int refuse(const char *what) {
-  TVMFFIErrorSetRaisedFromCStr("ValueError", what);
-  return -1;
-}
-
-/* The tensor of an argument if it is what it must be: on the CPU, of the dtype and shape, and compact. */
-static const Tensor *tensor(const Any *any, int code, int bits, int ndim, const int64_t *shape) {
-  const Tensor *t = any->value.pointer;
-  if (any->type_index != 7 || t->device_type != 1 || t->ndim != ndim || t->code != code || t->bits != bits ||
-      t->lanes != 1 || t->byte_offset || !t->data)
-    return 0;
-  int64_t step = 1;
-  for (int axis = ndim - 1; axis >= 0; --axis) {
-    if (t->shape[axis] != shape[axis] || t->strides[axis] != step) return 0;
-    step *= shape[axis];
-  }
-  return t;
-}
-
-static int64_t at(const Call *c, int64_t n, int64_t channel, int64_t pixel, int64_t channels, int64_t pixels) {
-  return NHWC ? (n * pixels + pixel) * channels + channel : (n * channels + channel) * pixels + pixel;
-}
-
 static acc corner(const Call *c, int64_t n, int64_t channel, int64_t row, int64_t column) {
   if (row < 0 || row >= c->height || column < 0 || column >= c->width) return 0;
-  return load(c->x[at(c, n, channel, row * c->width + column, CIN, c->height * c->width)]);
+  return load(c->x[element(n, channel, row * c->width + column, CIN, c->height * c->width)]);
 }
 
 static acc sample(const Call *c, int64_t n, int64_t channel, int64_t pixel, int tap) {
   int64_t g = channel / (CIN / OFFSET_GROUPS), first = (g * TAPS + tap) * 2;
   acc row = (acc)(pixel / c->out_width * SH - TOP + tap / KW * DH);
   acc column = (acc)(pixel % c->out_width * SW - LEFT + tap % KW * DW);
-  row += load(c->offset[at(c, n, first, pixel, OFFSET_GROUPS * 2 * TAPS, c->pixels)]);
-  column += load(c->offset[at(c, n, first + 1, pixel, OFFSET_GROUPS * 2 * TAPS, c->pixels)]);
+  row += load(c->offset[element(n, first, pixel, OFFSET_GROUPS * 2 * TAPS, c->pixels)]);
+  column += load(c->offset[element(n, first + 1, pixel, OFFSET_GROUPS * 2 * TAPS, c->pixels)]);
   if (!(row > -1 && row < c->height && column > -1 && column < c->width)) return 0;
   int64_t r = (int64_t)floor(row), q = (int64_t)floor(column);
   acc fr = row - r, fq = column - q;
   acc value = (1 - fr) * ((1 - fq) * corner(c, n, channel, r, q) + fq * corner(c, n, channel, r, q + 1)) +
               fr * ((1 - fq) * corner(c, n, channel, r + 1, q) + fq * corner(c, n, channel, r + 1, q + 1));
-  if (MASK) value *= load(c->mask[at(c, n, g * TAPS + tap, pixel, OFFSET_GROUPS * TAPS, c->pixels)]);
+  if (MASK) value *= load(c->mask[element(n, g * TAPS + tap, pixel, OFFSET_GROUPS * TAPS, c->pixels)]);
   return value;
 }
 
@@ -132,7 +47,7 @@ static void compute_task(const Call *c, int64_t task) {
           sum += sample(c, n, g * (CIN / GROUPS) + i, pixel, tap) *
                  c->weight[(((g * BLOCKS + inside / LANES) * TAPS + tap) * (CIN / GROUPS) + i) * LANES +
                            inside % LANES];
-      c->out[at(c, n, o, pixel, COUT, c->pixels)] = store(sum);
+      c->out[element(n, o, pixel, COUT, c->pixels)] = store(sum);
     }
 }
 
@@ -155,16 +70,15 @@ int __tvm_ffi_deform_conv2d(void *self, const Any *args, int32_t count, Any *res
   if (c.tasks != c.n * c.tiles || c.tiles * c.units * GRANULE < c.pixels || c.pixels < GRANULE ||
       c.units > MAX_UNITS || (c.tiles - 1) * c.units * GRANULE >= c.pixels)
     return refuse("the partition does not cover the pixels");
-#define IMAGE(channels, pixels) NHWC ? (int64_t[]){c.n, pixels, channels} : (int64_t[]){c.n, channels, pixels}
   int next = 0;
   const int64_t size = c.height * c.width;
   const Tensor *x = NHWC ? tensor(&args[next++], DTYPE_CODE, DTYPE_BITS, 2, (int64_t[]){c.n, size * CIN})
                          : tensor(&args[next++], DTYPE_CODE, DTYPE_BITS, 3, (int64_t[]){c.n, CIN, size});
-  const Tensor *offset = tensor(&args[next++], DTYPE_CODE, DTYPE_BITS, 3, IMAGE(OFFSET_GROUPS * 2 * TAPS, c.pixels));
-  const Tensor *mask = MASK ? tensor(&args[next++], DTYPE_CODE, DTYPE_BITS, 3, IMAGE(OFFSET_GROUPS * TAPS, c.pixels)) : x;
+  const Tensor *offset = tensor(&args[next++], DTYPE_CODE, DTYPE_BITS, 3, IMAGE(c.n, OFFSET_GROUPS * 2 * TAPS, c.pixels));
+  const Tensor *mask = MASK ? tensor(&args[next++], DTYPE_CODE, DTYPE_BITS, 3, IMAGE(c.n, OFFSET_GROUPS * TAPS, c.pixels)) : x;
   const Tensor *weight = tensor(&args[next++], 2, 8 * sizeof(acc), 5, (int64_t[]){GROUPS, BLOCKS, TAPS, CIN / GROUPS, LANES});
   const Tensor *bias = tensor(&args[next++], 2, 8 * sizeof(acc), 1, (int64_t[]){COUT});
-  out = tensor(&args[next++], DTYPE_CODE, DTYPE_BITS, 3, IMAGE(COUT, c.pixels));
+  out = tensor(&args[next++], DTYPE_CODE, DTYPE_BITS, 3, IMAGE(c.n, COUT, c.pixels));
   if (!x || !offset || !mask || !weight || !bias || !out) return refuse("a tensor is not what it must be");
   c.x = (const item *)x->data, c.offset = (const item *)offset->data, c.mask = (const item *)mask->data;
   c.weight = (const acc *)weight->data, c.bias = (const acc *)bias->data, c.out = (item *)out->data;
@@ -173,7 +87,7 @@ int __tvm_ffi_deform_conv2d(void *self, const Any *args, int32_t count, Any *res
 
 int __tvm_ffi_pack_weight(void *self, const Any *args, int32_t count, Any *result) {
   if (count != 2) return refuse("wrong number of arguments");
-  const Tensor *from = tensor(&args[0], DTYPE_CODE, DTYPE_BITS, 4, (int64_t[]){COUT, CIN / GROUPS, KH, KW});
+  const Tensor *from = tensor(&args[0], DTYPE_CODE, DTYPE_BITS, 2, (int64_t[]){COUT, CIN / GROUPS * KH * KW});
   const Tensor *to = tensor(&args[1], 2, 8 * sizeof(acc), 5, (int64_t[]){GROUPS, BLOCKS, TAPS, CIN / GROUPS, LANES});
   if (!from || !to) return refuse("a tensor is not what it must be");
   memset(to->data, 0, sizeof(acc) * GROUPS * BLOCKS * TAPS * (CIN / GROUPS) * LANES);

@@ -42,9 +42,10 @@ def tensors_of(spec: DeformConv2dSpec = SPEC, extents: Extents = EXTENTS, kind: 
 def test_signature_is_torchvisions():
     names = ["input", "offset", "weight", "bias", "stride", "padding", "dilation", "mask"]
     signature = inspect.signature(tvmdcn.deform_conv2d)
-    assert list(signature.parameters) == names
+    assert list(signature.parameters) == [*names, "border"]
+    assert signature.parameters["border"].kind is inspect.Parameter.KEYWORD_ONLY
     defaults = [parameter.default for parameter in signature.parameters.values()][3:]
-    assert defaults == [None, 1, 0, 1, None]
+    assert defaults == [None, 1, 0, 1, None, "torchvision"]
     torchvision = pytest.importorskip("torchvision")
     theirs = inspect.signature(torchvision.ops.deform_conv2d)
     assert list(theirs.parameters) == names
@@ -199,23 +200,17 @@ def test_parameters_and_inference_mode():
     expected = tvmdcn.deform_conv2d(**tensors, **GEOMETRY)
     tensors["weight"] = torch.nn.Parameter(tensors["weight"])
     tensors["bias"] = torch.nn.Parameter(tensors["bias"])
-    with pytest.raises(SpecTypeError, match=r"call inside torch\.no_grad"):
-        tvmdcn.deform_conv2d(**tensors, **GEOMETRY)
+    recorded = tvmdcn.deform_conv2d(**tensors, **GEOMETRY)
+    assert recorded.requires_grad
+    assert torch.equal(recorded, expected)
     with torch.no_grad():
-        assert torch.equal(tvmdcn.deform_conv2d(**tensors, **GEOMETRY), expected)
+        result = tvmdcn.deform_conv2d(**tensors, **GEOMETRY)
+    assert not result.requires_grad
+    assert torch.equal(result, expected)
     with torch.inference_mode():
         result = tvmdcn.deform_conv2d(**tensors, **GEOMETRY)
     assert result.is_inference()
     assert torch.equal(result, expected)
-
-
-def test_gradients_are_refused_before_a_build(monkeypatch):
-    pytest.importorskip("torch")
-    monkeypatch.setattr(handmade, "build", lambda *a, **k: pytest.fail("built"))
-    tensors = tensors_of(variant(out_channels=8), kind="torch")
-    tensors["offset"].requires_grad_()
-    with pytest.raises(SpecTypeError, match="no backward operators"):
-        tvmdcn.deform_conv2d(**tensors, **GEOMETRY)
 
 
 def test_weights_are_packed_once(monkeypatch):
@@ -229,13 +224,12 @@ def test_weights_are_packed_once(monkeypatch):
     assert len(packs) == 1
 
 
-@pytest.mark.parametrize("where", ["cuda", "meta"])
-def test_other_devices_are_refused(where):
+def test_other_devices_are_refused():
     torch = pytest.importorskip("torch")
-    if where == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    tensors = {name: a.to(where) for name, a in tensors_of(kind="torch").items()}
-    with pytest.raises(SpecTypeError, match=rf"input is on device {where}.*runs on CPUs. Pass input.cpu\(\)"):
+    tensors = {name: a.to("cuda") for name, a in tensors_of(kind="torch").items()}
+    with pytest.raises(SpecTypeError, match=r"input is on device cuda.*runs on CPUs. Pass input.cpu\(\)"):
         tvmdcn.deform_conv2d(**tensors, **GEOMETRY)
 
 

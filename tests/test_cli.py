@@ -22,7 +22,7 @@ from tvmdcn.bench import benchmark_command
 from tvmdcn.cli import main
 from tvmdcn.errors import SpecError, TuningError
 from tvmdcn.extras import EXTRAS
-from tvmdcn.problems import PROBLEMS, TEST_PROBLEMS, Problem, load_problem_file, parse_problem
+from tvmdcn.problems import OPERATORS, PROBLEMS, TEST_PROBLEMS, Problem, load_problem_file, parse_problem
 from tvmdcn.records import Record
 from tvmdcn.schedule_words import describe_decisions
 from tvmdcn.session import Progress, TuningResult
@@ -100,6 +100,7 @@ BAD_CALLS: list[tuple[list[str], int, str]] = [
     (["tune", "--problem", "row", "--threads", "0"], 2, "0 is not in the range x>=1"),
     (["tune", "--problem", "row", "--time-budget", "0"], 2, "0.0 is not in the range x>0"),
     (["tune", "--problem", "row", "--time-budget", "nan"], 1, "time_budget must be a positive number"),
+    (["tune", "--problem", "row", "--operator", "conv2d"], 2, "'conv2d' is not one of 'deform_conv2d', 'deform_"),
     (["tune", "--problem", "row", "--seed", "x"], 2, "'x' is not a valid integer"),
     (["tune", "--problem", "row", "--target", "pentium"], 1, "target 'pentium' is not known"),
     (["tune", "--problem", "row", "--target", "cuda"], 1, "this version builds for CPUs only"),
@@ -120,6 +121,7 @@ BAD_CALLS: list[tuple[list[str], int, str]] = [
     (["tune", "--model", "json:loads", "--input", "1,3"], 1, "--input must be sizes joined by x"),
     (["build"], 2, "Missing option '--problem'"),
     (["build", "--problem", "r51"], 1, "problem 'r51' is neither"),
+    (["build", "--problem", "row", "--operator", "backward"], 2, "'backward' is not one of 'deform_conv2d',"),
     (["build", "--problem", "row", "--target", "pentium"], 1, "target 'pentium' is not known"),
     (
         ["build", "--problem", "row", "--schedule", "best"],
@@ -378,6 +380,41 @@ def test_summary_ends_with_the_schedule_and_the_next_command(pretend: Callable[.
         f"records: {tmp_path / 'meta.json'}",
         "next: tvmdcn benchmark --problem row --threads 2",
     ]
+
+
+@pytest.mark.parametrize(
+    ("operator", "names"),
+    [
+        (None, ["row", "pixel"]),
+        ("deform_conv2d", ["row", "pixel"]),
+        ("deform_conv2d_grad", ["row backward", "pixel backward"]),
+        ("all", ["row", "row backward", "pixel", "pixel backward"]),
+    ],
+)
+def test_layers_are_tuned_for_the_operators_asked_for(
+    pretend: Callable[..., Any], operator: str | None, names: list[str]
+) -> None:
+    asked = pretend()
+    options = [] if operator is None else ["--operator", operator]
+    result = call("tune", "--problem", "row", "--problem", "pixel", "--problem", "row", *options)
+    assert result.exit_code == 0
+    assert [found["name"] for found in asked] == names
+    for found in asked:
+        problem = TEST_PROBLEMS[found["name"].removesuffix(" backward")]
+        problem = problem.backward if found["name"].endswith("backward") else problem
+        assert (found["spec"], found["extents"]) == (problem.spec, problem.extents)
+        assert f"{found['name']}: 1.000 ms" in result.stdout
+    # Benchmarks measure layers, whichever of their operators was tuned.
+    assert result.stdout.endswith("next: tvmdcn benchmark --problem row --problem pixel --threads 2\n")
+
+
+def test_both_commands_know_all_operators() -> None:
+    for name in ("tune", "build"):
+        command = main.get_command(click.Context(main), name)
+        assert command is not None
+        (option,) = (p for p in command.params if p.name == "operator")
+        assert list(option.type.choices) == list(OPERATORS)
+        assert option.default == OPERATORS[0]
 
 
 def test_progress_without_a_terminal_is_a_line_for_each_round(pretend: Callable[..., Any]) -> None:

@@ -10,16 +10,18 @@ import pytest
 
 from tvmdcn.errors import SpecError, SpecTypeError
 from tvmdcn.problems import (
+    OPERATORS,
     PROBLEMS,
     REAL_LAYERS,
     TEST_PROBLEMS,
     load_problem_file,
     make_tensors,
     numpy_dtype,
+    of_operators,
     parse_problem,
     real_layer,
 )
-from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 
 # (N, Cin, H, W, Cout), stride, groups, offset groups, mask: what figures are published for.
 NAMED = {
@@ -264,3 +266,20 @@ def test_texts_in_messages_are_cut():
     with pytest.raises(SpecError) as caught:
         parse_problem("x" * 10_000)
     assert len(re.sub(r"\s", "", str(caught.value))) < 1000
+
+
+def test_every_layer_has_gradients():
+    for problem in (*PROBLEMS.values(), *TEST_PROBLEMS.values()):
+        backward = problem.backward
+        assert backward.name == f"{problem.name} backward"
+        assert backward.spec == DeformConv2dGradSpec.of(problem.spec)
+        assert backward.extents == problem.extents
+        assert backward.forward == problem == problem.forward
+
+
+def test_problems_of_operators():
+    row, pixel = TEST_PROBLEMS["row"], TEST_PROBLEMS["pixel"]
+    assert of_operators([row, pixel], "deform_conv2d") == [row, pixel]
+    assert of_operators([row, pixel], "deform_conv2d_grad") == [row.backward, pixel.backward]
+    assert of_operators([row, pixel], "all") == [row, row.backward, pixel, pixel.backward]
+    assert (row.spec.operator, row.backward.spec.operator, "all") == OPERATORS

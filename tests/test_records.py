@@ -22,7 +22,7 @@ from tvmdcn.errors import RecordsError
 from tvmdcn.problems import PROBLEMS
 from tvmdcn.records import META, Record, TuningRecords, shipped_root, user_root
 from tvmdcn.space import Decisions
-from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo, resolve_target
 
 TAG = "llvm-znver5"
@@ -45,11 +45,16 @@ def changed(spec: DeformConv2dSpec = SPEC, **fields: Any) -> DeformConv2dSpec:
     return dataclasses.replace(spec, **fields)
 
 
+def grad(layer: DeformConv2dSpec = SPEC, **flags: Any) -> DeformConv2dGradSpec:
+    return DeformConv2dGradSpec.of(layer, **flags)
+
+
 # -- files ------------------------------------------------------------------------------------------
 
 
 def test_records_survive_a_file(tmp_path: Path) -> None:
     kept = [record(), record(threads=2), record(changed(in_channels=32, dtype="float16"), unroll=4)]
+    kept += [record(grad()), record(grad(grad_input=False, border="mmcv"))]
     path = TuningRecords(TAG, kept).write(tmp_path)
     assert path == tmp_path / TAG / META
     found = TuningRecords.read(tmp_path, TAG)
@@ -226,6 +231,36 @@ def test_layers_that_are_built_otherwise_do_not(fields: dict[str, Any]) -> None:
     assert TuningRecords(TAG, [record(changed(**fields))]).best(SPEC) is None
 
 
+def test_operators_do_not_share_decisions() -> None:
+    assert TuningRecords(TAG, [record(), record(changed(in_channels=128))]).best(grad()) is None
+    assert TuningRecords(TAG, [record(grad()), record(grad(grad_bias=False))]).best(SPEC) is None
+    both = TuningRecords(TAG, [record(unroll=2), record(grad(), unroll=4)])
+    assert len(both.records) == 2
+    for spec, unroll in ((SPEC, 2), (grad(), 4)):
+        found = both.best(spec)
+        assert found is not None
+        assert (found.exact, found.decisions.values["unroll"]) == (True, unroll)
+
+
+def test_gradients_share_decisions_with_other_gradients() -> None:
+    everything, without_input = record(grad(), unroll=2), record(grad(grad_input=False), unroll=4)
+    far = record(grad(changed(in_channels=128), grad_input=False, grad_bias=False), unroll=8)
+
+    def chosen(*known: Record, **flags: Any) -> int:
+        found = TuningRecords(TAG, known).best(grad(**flags))
+        assert found is not None
+        return found.decisions.values["unroll"]
+
+    assert chosen(everything, grad_input=False) == 2
+    assert chosen(without_input) == 4
+    assert chosen(everything, border="mmcv") == 2
+    # Of the same layer those whose flags differ least; another layer's only where there is none.
+    assert chosen(everything, without_input, grad_input=False, grad_bias=False) == 4
+    assert chosen(everything, without_input, grad_bias=False, border="mmcv") == 2
+    assert chosen(far, everything, grad_input=False, grad_bias=False) == 2
+    assert chosen(far, grad_weight=False) == 8
+
+
 def test_number_of_threads_decides_among_equals() -> None:
     several = TuningRecords(TAG, [record(threads=count, unroll=count) for count in (1, 2, 8)])
 
@@ -338,7 +373,7 @@ SHIPPED = [
 @pytest.mark.parametrize(
     ("tag", "found"),
     SHIPPED,
-    ids=[f"{tag}-{found.spec.slug}-{found.pixels}-t{found.threads}" for tag, found in SHIPPED],
+    ids=[f"{tag}-{found.spec.operator}-{found.spec.slug}-{found.pixels}-t{found.threads}" for tag, found in SHIPPED],
 )
 def test_shipped_record_still_means_what_was_tuned(tag: str, found: Record) -> None:
     target = resolve_target(tag)
@@ -350,7 +385,8 @@ def test_shipped_record_still_means_what_was_tuned(tag: str, found: Record) -> N
 
 def test_shipped_records_are_of_named_layers_once_each() -> None:
     named = {(problem.spec, problem.extents) for problem in PROBLEMS.values()}
-    assert all((found.spec, found.extents) in named for _, found in SHIPPED)
+    layers = [f.spec.layer if isinstance(f.spec, DeformConv2dGradSpec) else f.spec for _, f in SHIPPED]
+    assert all((layer, found.extents) in named for layer, (_, found) in zip(layers, SHIPPED, strict=True))
     keys = [(tag, found.spec, found.extents, found.threads) for tag, found in SHIPPED]
     assert len(set(keys)) == len(keys)
 

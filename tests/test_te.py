@@ -11,7 +11,7 @@ import pytest
 from compiled import Job, build_and_compare, runnable_targets
 from strategies import sampled_from_axis
 
-from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 
 # Largest error over the largest value, of sums of up to 100 products; for the halves the output's rounding.
 TOLERANCES = {"float64": 1e-14, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
@@ -117,9 +117,9 @@ def test_packed_shape(spec, vector, lanes, shape):
 @pytest.mark.parametrize("count", range(1, 25))
 @pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16])
 def test_strips_of_pixels_cover_a_unit(count, lanes):
-    from tvmdcn.te.layout import pixel_strips
+    from tvmdcn.te.vectors import strips as split
 
-    strips = pixel_strips(count, lanes)
+    strips = split(count, lanes)
     assert [p for first, size in strips for p in range(first, first + size)] == list(range(count))
     assert all(size <= lanes and size & (size - 1) == 0 for _, size in strips)
 
@@ -160,7 +160,7 @@ def test_sampling_in_one_two_and_three_dimensions():
     """The plan is written for any number of axes, of which deform_conv2d uses two."""
     from tvm import te
 
-    from tvmdcn.te.layout import with_alignment
+    from tvmdcn.te.nests import with_alignment
     from tvmdcn.te.sampling import interpolate, sampling_plan
 
     shapes, count = ((7,), (4, 6), (3, 5, 4)), 600
@@ -199,7 +199,7 @@ def test_transposition_in_registers():
     from tvm import tirx
     from tvm.s_tir.stmt import SBlock, SBlockRealize
 
-    from tvmdcn.te.layout import lanes_at, transpose_into
+    from tvmdcn.te.vectors import lanes_at, transpose_into
 
     def transposer(size: int, dtype: str):
         source = tirx.decl_buffer((size, size), dtype, name="source")
@@ -226,6 +226,7 @@ def test_packed_weights():
         (DeformConv2dSpec(5, 18, (2, 3)), 8),
         (DeformConv2dSpec(8, 24, 1, groups=4, dtype="float64"), 4),
         (DeformConv2dSpec(12, 12, groups=12, dtype="float16"), 4),
+        (DeformConv2dSpec(6, 20, groups=2), 8),
     ]
     functions = {f"p{index}": operator_of(s).pack(s, lanes) for index, (s, lanes) in enumerate(specs)}
     compiled = compile_functions(functions)
@@ -234,13 +235,43 @@ def test_packed_weights():
         weight = rng.standard_normal(spec.weight_shape).astype(spec.dtype)
         shape = operator_of(spec).packed_shape(spec, lanes)
         packed = aligned(shape, spec.accumulator_dtype)
-        compiled[f"p{index}"](weight, packed)
+        compiled[f"p{index}"](weight.reshape(spec.out_channels, -1), packed)
         depthwise = spec.groups == spec.in_channels == spec.out_channels
         groups = 1 if depthwise else spec.groups
         outputs = spec.out_channels // groups
         expected = np.zeros((groups, shape[1] * lanes, *weight.shape[1:2], spec.taps), spec.accumulator_dtype)
         expected[:, :outputs] = weight.reshape(groups, outputs, -1, spec.taps)
         expected = expected.reshape(groups, shape[1], lanes, -1, spec.taps).transpose(0, 1, 4, 3, 2)
+        np.testing.assert_array_equal(packed, expected)
+
+
+def test_packed_weights_of_gradients():
+    from tvmdcn.te import operator_of
+
+    layers = [
+        (DeformConv2dSpec(64, 12), 8),
+        (DeformConv2dSpec(64, 12, (5, 4), groups=2, offset_groups=4, dtype="float16"), 8),
+        (DeformConv2dSpec(6, 2, (3, 2), groups=2, offset_groups=3, dtype="float64"), 4),
+        (DeformConv2dSpec(13, 5, 1), 8),
+        (DeformConv2dSpec(12, 12, groups=12), 4),
+    ]
+    specs = [(DeformConv2dGradSpec.of(layer), lanes) for layer, lanes in layers]
+    compiled = compile_functions({f"p{i}": operator_of(s).pack(s, lanes) for i, (s, lanes) in enumerate(specs)})
+    rng = np.random.default_rng(0)
+    for index, (spec, lanes) in enumerate(specs):
+        weight = rng.standard_normal(spec.weight_shape).astype(spec.dtype)
+        blocks, taps, vectors, outputs, _ = shape = operator_of(spec).packed_shape(spec, lanes)
+        packed = aligned(shape, spec.accumulator_dtype)
+        compiled[f"p{index}"](weight.reshape(spec.out_channels, -1), packed)
+        width = spec.in_channels // blocks
+        expected = np.zeros((blocks, taps, vectors * lanes, outputs), spec.accumulator_dtype)
+        filters = weight.reshape(spec.out_channels, -1, taps)
+        for channel in range(spec.in_channels):
+            group, inside = divmod(channel, spec.in_channels // spec.groups)
+            per_group = spec.out_channels // spec.groups
+            rows = filters[group * per_group : (group + 1) * per_group, inside]
+            expected[channel // width, :, channel % width] = rows.T
+        expected = expected.reshape(blocks, taps, vectors, lanes, outputs).swapaxes(3, 4)
         np.testing.assert_array_equal(packed, expected)
 
 

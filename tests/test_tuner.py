@@ -6,6 +6,7 @@ The tests with `FakeWorkers` build and run nothing: they are about what a sessio
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -256,14 +257,14 @@ def test_progress_in_a_file_is_a_line_for_each_round(ended: dict[str, tuple[Path
 
 def test_wrong_results_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     operator = operator_of(SMALL.spec)
-    right = operator.reference
 
-    def changed(*arguments: object) -> np.ndarray:
-        result = right(*arguments).copy()
-        result[0, 0, 0, 0] += 0.01 * np.abs(result).max()  # one element of hundreds, by a hundredth
-        return result
+    def changed(*arguments: object) -> dict[str, np.ndarray]:
+        results = operator.expected(*arguments)
+        for result in results.values():
+            result[0, 0, 0, 0] += 0.01 * np.abs(result).max()  # one element of hundreds, by a hundredth
+        return results
 
-    monkeypatch.setattr(session_module, "operator_of", lambda _: type("Wrong", (), {"reference": changed}))
+    monkeypatch.setattr(session_module, "operator_of", lambda _: dataclasses.replace(operator, expected=changed))
     with pytest.raises(TuningError, match=r"none of 2 schedules .* \(2 x wrong result\).* relative error"):
         tune(SMALL.spec, SMALL.extents, trials=2, threads=1, records=tmp_path, name="small")
     assert [row["seconds"] for row in rows_of(tmp_path)] == [None, None]

@@ -102,6 +102,18 @@ def test_pack_checks_the_weight(weight, match):
         call(kernel_of(), tensors)
 
 
+def test_weights_of_another_kind_are_refused_also_after_right_ones():
+    pytest.importorskip("torch")
+    kernel, tensors = kernel_of(), make_tensors(SPEC, EXTENTS)
+    arguments = {name: torch_of(value) for name, value in vars(tensors).items()}
+    kernel(**arguments)
+    call(kernel, tensors)
+    with pytest.raises(SpecTypeError, match=r"weight must be a tensor, a torch.Tensor like input"):
+        kernel(**{**arguments, "weight": tensors.weight})
+    with pytest.raises(SpecTypeError, match=r"weight must be a tensor, a numpy.ndarray like input"):
+        kernel(**{**vars(tensors), "weight": arguments["weight"]})
+
+
 def test_numpy_weight_may_change():
     tensors = make_tensors(SPEC, EXTENTS)
     tensors.bias = None

@@ -27,10 +27,21 @@ if TYPE_CHECKING:
         TuningError,
         TvmdcnError,
     )
+    from tvmdcn.grad_kernel import GradKernel
+    from tvmdcn.gradient import deform_conv2d_backward
     from tvmdcn.kernel import Kernel
     from tvmdcn.runtime import load
-    from tvmdcn.spec import DeformConv2dSpec, Extents
+    from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
     from tvmdcn.target import TargetInfo, detect_target, resolve_target
+    from tvmdcn.tensors import Gradients
+    from tvmdcn.torch.drop_in import ReplacementReport, replace_modules
+    from tvmdcn.torch.modules import (
+        DeformConv2d,
+        DeformConv2dPack,
+        ModulatedDeformConv2dPack,
+        upgrade_state_dict,
+    )
+    from tvmdcn.torch.routing import route_torchvision
     from tvmdcn.tuner import tune
     from tvmdcn.weights import PackedWeight
 
@@ -41,12 +52,19 @@ _MODULES = {
     "ArtifactMissing": "errors",
     "Artifact": "artifact",
     "BuildError": "errors",
+    "DeformConv2d": "torch.modules",
+    "DeformConv2dGradSpec": "spec",
+    "DeformConv2dPack": "torch.modules",
     "DeformConv2dSpec": "spec",
     "Extents": "spec",
+    "GradKernel": "grad_kernel",
+    "Gradients": "tensors",
     "Kernel": "kernel",
     "MissingExtra": "errors",
+    "ModulatedDeformConv2dPack": "torch.modules",
     "PackedWeight": "weights",
     "RecordsError": "errors",
+    "ReplacementReport": "torch.drop_in",
     "SettingError": "errors",
     "SpecError": "errors",
     "SpecTypeError": "errors",
@@ -56,10 +74,14 @@ _MODULES = {
     "build": "builder",
     "compare": "bench",
     "deform_conv2d": "api",
+    "deform_conv2d_backward": "gradient",
     "detect_target": "target",
     "load": "runtime",
+    "replace_modules": "torch.drop_in",
     "resolve_target": "target",
+    "route_torchvision": "torch.routing",
     "tune": "tuner",
+    "upgrade_state_dict": "torch.modules",
 }
 
 __all__ = [
@@ -67,12 +89,19 @@ __all__ = [
     "ArtifactError",
     "ArtifactMissing",
     "BuildError",
+    "DeformConv2d",
+    "DeformConv2dGradSpec",
+    "DeformConv2dPack",
     "DeformConv2dSpec",
     "Extents",
+    "GradKernel",
+    "Gradients",
     "Kernel",
     "MissingExtra",
+    "ModulatedDeformConv2dPack",
     "PackedWeight",
     "RecordsError",
+    "ReplacementReport",
     "SettingError",
     "SpecError",
     "SpecTypeError",
@@ -83,10 +112,14 @@ __all__ = [
     "build",
     "compare",
     "deform_conv2d",
+    "deform_conv2d_backward",
     "detect_target",
     "load",
+    "replace_modules",
     "resolve_target",
+    "route_torchvision",
     "tune",
+    "upgrade_state_dict",
 ]
 
 
@@ -97,6 +130,10 @@ def __getattr__(name: str) -> Any:
 
         value: Any = metadata.version("tvmdcn")
     elif name in _MODULES:
+        if _MODULES[name].startswith("torch."):
+            from tvmdcn.extras import require
+
+            require("torch", f"tvmdcn.{name}")
         value = getattr(importlib.import_module(f"tvmdcn.{_MODULES[name]}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

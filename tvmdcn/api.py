@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 from tvmdcn.arrays import NumpyArrays, TorchArrays, arrays_of
+from tvmdcn.errors import SpecError
 from tvmdcn.kernel import Kernel
 from tvmdcn.runtime import load
-from tvmdcn.spec import DeformConv2dSpec
-from tvmdcn.validation import check_padding, check_pair
+from tvmdcn.spec import BORDERS, DeformConv2dSpec
+from tvmdcn.validation import check_padding, check_pair, shown
 
-__all__ = ["deform_conv2d"]
+__all__ = ["call_kernel", "check_border", "deform_conv2d"]
 
 _kernels: dict[Hashable, Kernel] = {}
 _lock = threading.Lock()
@@ -29,6 +31,8 @@ def deform_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     mask: Any = None,
+    *,
+    border: str = "torchvision",
 ) -> Any:
     """Compute a deformable convolution (DCNv1; DCNv2 with a mask).
 
@@ -39,10 +43,13 @@ def deform_conv2d(
     The first call of a layer loads its kernel, or builds it and keeps it on disk for later processes
     (seconds; see TVMDCN_BUILD). One kernel serves all batch and image sizes.
 
+    With torch tensors, autograd, ``torch.compile``, ``torch.export``, ``torch.func``, autocast and fake tensors
+    work as with torch's own operators; inside them the call is one of ``torch.ops.tvmdcn.deform_conv2d``.
+
     Parameters
     ----------
     input : (N, Cin, H, W)
-        torch.Tensor on the CPU or numpy.ndarray; float16, bfloat16, float32 or float64. A torch tensor in
+        torch.Tensor on the CPU (or "meta") or numpy.ndarray; float16, bfloat16, float32 or float64. A torch tensor in
         ``torch.channels_last`` is taken as it is, and so is the result.
     offset : (N, offset_groups * 2 * kh * kw, Ho, Wo)
         y before x, taps row by row, offset groups outermost. Of the kind and dtype of `input`, as the
@@ -54,6 +61,9 @@ def deform_conv2d(
         Padding also (top, left, bottom, right).
     mask : (N, offset_groups * kh * kw, Ho, Wo), optional
         Modulation of the samples.
+    border : {"torchvision", "mmcv"}
+        Changes only the offset's gradient, at samples exactly on -1, as those of a padded layer with offsets of
+        zero: torchvision's is the derivative to the right or below, that of mmcv and of the original DCNv2 is 0.
 
     Returns
     -------
@@ -63,11 +73,53 @@ def deform_conv2d(
     Raises
     ------
     SpecError, SpecTypeError
-        If an argument is wrong; also if a torch tensor requires gradients outside ``torch.no_grad()``.
+        If an argument is wrong.
     ArtifactError, BuildError
         If there is no kernel, and none can be built.
     """
+    check_border(border)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling() and isinstance(input, torch.Tensor):
+        from tvmdcn.torch.ops import call_operator
+
+        return call_operator(input, offset, weight, bias, stride, padding, dilation, mask, border)
     arrays = arrays_of(input)
+    if isinstance(arrays, TorchArrays):
+        if not arrays.is_plain_call(input, offset, weight, bias, mask):
+            from tvmdcn.torch.ops import call_operator
+
+            return call_operator(input, offset, weight, bias, stride, padding, dilation, mask, border)
+        if arrays.needs_gradients(input, offset, weight, bias, mask):
+            from tvmdcn.torch.autograd import call_recorded
+
+            return call_recorded(input, offset, weight, bias, stride, padding, dilation, mask, border)
+    return call_kernel(arrays, input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+def check_border(border: Any) -> None:
+    """Raise SpecError unless `border` is known."""
+    if border not in BORDERS:
+        raise SpecError(f"border must be one of {', '.join(BORDERS)}, got border={shown(border)}.")
+
+
+def call_kernel(
+    arrays: NumpyArrays | TorchArrays,
+    input: Any,
+    offset: Any,
+    weight: Any,
+    bias: Any,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    mask: Any,
+) -> Any:
+    """Check the arguments of :func:`deform_conv2d`, find the kernel for them, and call it.
+
+    Raises
+    ------
+    SpecError, SpecTypeError, ArtifactError, BuildError
+        As :func:`deform_conv2d`; also if a torch tensor requires gradients.
+    """
     if type(stride) is not int:
         stride = check_pair("stride", stride, 1)
     if type(padding) is not int:
@@ -122,7 +174,4 @@ def _find(
         dtype={name: arrays.dtype(array) for name, array in named.items()},
         layout=layout,
     )
-    if isinstance(arrays, TorchArrays):
-        # Before a build that would be for nothing.
-        arrays.refuse_gradients(*named.values())
     return load(spec)

@@ -136,6 +136,8 @@ class TorchArrays:
     def __init__(self, torch: Any) -> None:
         self._torch = torch
         self._channels_last = torch.channels_last
+        self._plain = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+        self._forward_mode = torch.autograd.forward_ad
 
     @staticmethod
     def key(*arrays: Any) -> tuple[Hashable, ...]:
@@ -149,14 +151,18 @@ class TorchArrays:
         """Return the address of the first element."""
         return int(array.data_ptr())
 
-    def check(self, name: str, array: Any) -> None:
-        """Refuse what is not a dense tensor with memory on the CPU."""
-        torch = self._torch
-        if not isinstance(array, torch.Tensor):
+    def check_kind(self, name: str, array: Any) -> None:
+        """Refuse what is not a tensor, with or without memory."""
+        if not isinstance(array, self._torch.Tensor):
             raise SpecTypeError(
                 f"{name} must be a tensor, a torch.Tensor like input, got {shown(array)} of type "
                 f"{type(array).__name__}."
             )
+
+    def check(self, name: str, array: Any) -> None:
+        """Refuse what is not a dense tensor with memory on the CPU."""
+        torch = self._torch
+        self.check_kind(name, array)
         if array.device.type != "cpu":
             raise SpecTypeError(f"{name} is on device {array.device}; this version runs on CPUs. Pass {name}.cpu().")
         if array.layout is not torch.strided:
@@ -215,10 +221,45 @@ class TorchArrays:
         return array.detach().to(getattr(self._torch, dtype)).contiguous()
 
     def bits(self, array: Any) -> np.ndarray:
-        """Return the memory of a contiguous tensor as a flat NumPy array of integers, not copied."""
+        """Return the memory of a tensor that is dense in either layout as a flat NumPy array of integers, not copied."""
         integer = {2: "int16", 4: "int32", 8: "int64"}[array.itemsize]
-        flat: np.ndarray = array.detach().view(getattr(self._torch, integer)).reshape(-1).numpy()
+        array = array.detach().view(getattr(self._torch, integer))
+        if not array.is_contiguous():
+            array = array.permute(0, 2, 3, 1)
+        flat: np.ndarray = array.view(-1).numpy()
         return flat
+
+    def is_plain_call(self, *arrays: Any) -> bool:
+        """Return whether a call computes with these tensors and does nothing else, but perhaps record gradients.
+
+        Otherwise torch has to see it as one of its operators: it may be compiled, exported, transformed or
+        watched, cast to another dtype, or differentiated in forward mode. One of `arrays` may be None, or no
+        tensor at all. 1 us.
+        """
+        torch = self._torch
+        internals = torch._C
+        if (
+            torch.compiler.is_compiling()
+            or internals._are_functorch_transforms_active()
+            or internals._len_torch_dispatch_stack()
+            or torch.is_autocast_enabled("cpu")
+            or self._forward_mode._current_level >= 0
+            or internals._get_tracing_state() is not None
+        ):
+            return False
+        plain = self._plain
+        for array in arrays:  # noqa: SIM110 - all() would take 0.5 us more
+            if type(array) not in plain or (array is not None and not array.is_cpu):
+                return False
+        return True
+
+    def needs_gradients(self, *arrays: Any) -> bool:
+        """Return whether autograd has to record a call; one of `arrays` may be None."""
+        if self._torch.is_grad_enabled():
+            for array in arrays:
+                if array is not None and array.requires_grad:
+                    return True
+        return False
 
     def refuse_gradients(self, *arrays: Any) -> None:
         """Raise if autograd would have to record the call.
@@ -228,14 +269,12 @@ class TorchArrays:
         SpecTypeError
             If gradients are enabled and a tensor asks for them.
         """
-        if not self._torch.is_grad_enabled():
-            return
-        for array in arrays:
-            if array is not None and array.requires_grad:
-                raise SpecTypeError(
-                    "a tensor requires gradients, and this version has no backward operators (a later one "
-                    "will): call inside torch.no_grad() or torch.inference_mode(), or detach the tensors."
-                )
+        if self.needs_gradients(*arrays):
+            raise SpecTypeError(
+                "a tensor requires gradients, and a kernel has no backward operators of its own: call "
+                "tvmdcn.deform_conv2d, which has, or call inside torch.no_grad() or torch.inference_mode(), or "
+                "detach the tensors."
+            )
 
     def mark_written(self, array: Any) -> None:
         """Tell autograd that the values of a tensor have changed."""

@@ -21,7 +21,7 @@ from typing import Any
 from tvmdcn import cache, env, native
 from tvmdcn.cache_key import ABI, SCHEMA, CacheKey
 from tvmdcn.errors import ArtifactError, BuildError, SpecError, SpecTypeError
-from tvmdcn.spec import DeformConv2dSpec
+from tvmdcn.spec import DeformConv2dSpec, spec_from_json
 from tvmdcn.target import TargetInfo, host_features
 
 __all__ = [
@@ -104,7 +104,7 @@ class Artifact:
         The directory with ``kernel.so`` and ``manifest.json``.
     key : CacheKey
         What it was built from.
-    spec : DeformConv2dSpec
+    spec : DeformConv2dSpec or DeformConv2dGradSpec
         What it computes.
     target : TargetInfo
         What it runs on.
@@ -169,8 +169,10 @@ class Artifact:
             raise ArtifactError("schedule is not an object.")
         if not isinstance(data["created"], str) or not isinstance(data["sha256"], str):
             raise ArtifactError("created or sha256 is not a string.")
-        spec, target = DeformConv2dSpec.from_json(key.spec), TargetInfo.from_json(data["target"])
+        spec, target = spec_from_json(key.spec), TargetInfo.from_json(data["target"])
         kernel = KernelInterface.from_json(data["kernel"])
+        if key.operator != spec.operator:
+            raise ArtifactError("its operator contradicts its specification.")
         if target.identity() != key.target or kernel.layout != spec.layout:
             raise ArtifactError("its target or layout contradicts its key.")
         if kernel.packed_dtype != spec.accumulator_dtype:

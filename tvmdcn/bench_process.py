@@ -26,6 +26,12 @@ from tvmdcn.providers import Provider
 __all__ = ["Worker", "WorkerError"]
 
 
+_NO_SOURCE = {
+    "forward": "{} is measured for its gradients only: --direction backward",
+    "backward": "{} has no gradients: it only infers",
+}
+
+
 class WorkerError(TvmdcnError, RuntimeError):
     """A provider's process refused a request, died, or did not answer in time; the message is the reason."""
 
@@ -39,9 +45,21 @@ class Worker:
         What it computes with.
     threads : int
         How many threads its libraries are told to use.
+    direction : str
+        What it computes, see :data:`tvmdcn.measurement.DIRECTIONS`.
+
+    Raises
+    ------
+    WorkerError
+        If the provider cannot compute that.
+    OSError
+        If its interpreter cannot be started.
     """
 
-    def __init__(self, provider: Provider, threads: int) -> None:
+    def __init__(self, provider: Provider, threads: int, direction: str = "forward") -> None:
+        source = provider.source_of(direction)
+        if source is None:
+            raise WorkerError(_NO_SOURCE[direction].format(provider.name))
         self.provider, self.threads = provider, threads
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         count = str(threads)
@@ -56,10 +74,10 @@ class Worker:
             "TVMDCN_NUM_THREADS": count,
         }
         command = (
-            sys.executable,
+            provider.python or sys.executable,
             "-m",
             "tvmdcn.bench_worker",
-            provider.source,
+            source,
             provider.schedule or "",
             count,
         )

@@ -6,6 +6,9 @@ processes take turns, one measuring while the others are stopped; a turn is a sh
 warm-up; the order is rotated and reversed from round to round, so that a slow moment of the machine falls on
 all alike. The row holds the median over all rounds. Each output is first compared with the float64 reference:
 a wrong result is a failed row, and so is anything else that goes wrong, with its reason.
+
+A layer and its gradients are measured in the same rounds, so that what the backward takes in units of the forward
+rests on the same moments.
 """
 
 from __future__ import annotations
@@ -17,36 +20,24 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from tvmdcn.bench_inputs import TOLERANCES, Inputs
 from tvmdcn.bench_process import Worker, WorkerError
-from tvmdcn.bench_worker import save_tensors
 from tvmdcn.errors import TvmdcnError
-from tvmdcn.measurement import Measurement, identify_machine, identify_versions, percentile
-from tvmdcn.problems import REAL_LAYERS, Problem, make_tensors, real_layer
+from tvmdcn.measurement import Measurement, direction_of, identify_machine, identify_versions, percentile
+from tvmdcn.problems import Problem
 from tvmdcn.providers import Provider, default_providers
-from tvmdcn.reference import reference
 
-__all__ = [
-    "TOLERANCES",
-    "Measurement",
-    "Protocol",
-    "compare",
-    "describe_run",
-    "relative_error",
-    "turn_order",
-]
+__all__ = ["Measurement", "Protocol", "compare", "describe_run", "turn_order"]
 
 logger = logging.getLogger(__name__)
-
-# Above these a result is wrong, not inexact. Correct kernels stay far below: about 1e-6 for float32.
-TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 _T = TypeVar("_T")
 
@@ -106,26 +97,6 @@ def turn_order(items: Sequence[_T], index: int) -> list[_T]:
     return order[::-1] if index % 2 else order
 
 
-def relative_error(output: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest absolute difference over the largest absolute value expected.
-
-    Infinite where the shapes differ, or where only one of the two is not finite.
-    """
-    if output.shape != expected.shape:
-        return math.inf
-    if not expected.size:
-        return 0.0
-    same = (output == expected) | (np.isnan(output) & np.isnan(expected))
-    with np.errstate(invalid="ignore"):
-        difference = np.where(same, 0.0, np.abs(output - expected))
-    worst = float(difference.max())
-    finite = np.abs(expected[np.isfinite(expected)])
-    scale = float(finite.max()) if finite.size else 0.0
-    if not math.isfinite(worst):
-        return math.inf
-    return worst / scale if scale else (0.0 if worst == 0 else math.inf)
-
-
 @dataclass
 class _Turns:
     """What one provider still has to do for a problem, and what it has done."""
@@ -141,87 +112,109 @@ class _Turns:
         return index == 0 or (index * self.turns) // rounds != ((index - 1) * self.turns) // rounds
 
 
-def describe_run(measure: str = "call", command: str | None = None) -> Callable[..., Measurement]:
+def describe_run(command: str | None = None) -> Callable[..., Measurement]:
     """Return a function (problem, provider, threads, **result) that makes rows, where and how filled in."""
     common: dict[str, Any] = {
         "machine": identify_machine(),
         "versions": identify_versions(),
         "command": command or shlex.join(sys.argv) or "python",
-        "measure": measure,
     }
 
     def row(problem: Problem, provider: Provider, threads: int, **result: Any) -> Measurement:
-        return Measurement(
-            problem=problem.name,
-            spec=problem.spec,
-            extents=problem.extents,
-            provider=provider.name,
-            role=provider.role,
-            schedule=provider.schedule if provider.role == "ours" else None,
-            threads=threads,
-            date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            **common,
-            **result,
-        )
+        values = {
+            "problem": problem.forward.name,
+            "spec": problem.spec,
+            "extents": problem.extents,
+            "provider": provider.name,
+            "role": provider.role,
+            "schedule": provider.schedule if provider.role == "ours" else None,
+            "measure": provider.measure,
+            "threads": threads,
+            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        return Measurement(**{**values, **common, **result})
 
     return row
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    folder: Path
-    expected: np.ndarray
+class _Part(NamedTuple):
+    """Who computes what in a comparison."""
+
+    provider: Provider
+    problem: Problem
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What sets it apart from the others of a comparison."""
+        return self.provider.name, self.provider.measure, direction_of(self.problem.spec)
+
+    def __str__(self) -> str:
+        """Return the provider's name, with the direction if it is backward."""
+        name, _, direction = self.key
+        return name if direction == "forward" else f"{name} {direction}"
+
+
+def _by_layer(problems: Iterable[Problem]) -> list[dict[str, Problem]]:
+    """Return what is compared together: a layer and its gradients, by direction."""
+    layers: list[dict[str, Problem]] = []
+    for problem in dict.fromkeys(problems):
+        direction = direction_of(problem.spec)
+        for found in layers:
+            if direction not in found and problem.forward in (other.forward for other in found.values()):
+                found[direction] = problem
+                break
+        else:
+            layers.append({direction: problem})
+    return layers
+
+
+def _parts(problems: Mapping[str, Problem], providers: Sequence[Provider], asked_for: bool) -> list[_Part]:
+    """Return who computes which of a layer's problems.
+
+    A provider that computes none of them has no part, or, if it was asked for by name, one that will fail. With
+    the gradients alone goes the forward of the first of ours, which theirs is measured by.
+    """
+    parts = []
+    for direction, problem in problems.items():
+        for provider in providers:
+            useless = not any(provider.source_of(other) for other in problems)
+            if provider.source_of(direction) or (useless and asked_for):
+                parts.append(_Part(provider, problem))
+    if list(problems) == ["backward"]:
+        ours = [p for p in providers if p.role == "ours" and p.source_of("forward") and p.source_of("backward")]
+        parts[:0] = [_Part(provider, problems["backward"].forward) for provider in ours[:1]]
+    return parts
 
 
 class _Run:
     """The state of one comparison: its protocol, its inputs, and how its rows are made."""
 
-    def __init__(
-        self,
-        protocol: Protocol,
-        folder: Path,
-        row: Callable[..., Measurement],
-        seed: int,
-        real_layers: Path | None,
-    ) -> None:
-        self.protocol, self.folder, self.row = protocol, folder, row
-        self.seed, self.real_layers = seed, real_layers
-        self._inputs: dict[Problem, _Inputs] = {}
-
-    def inputs(self, problem: Problem) -> _Inputs:
-        """Make the tensors of a problem and their exact result, once."""
-        if problem not in self._inputs:
-            if self.real_layers is not None and problem.name in REAL_LAYERS:
-                tensors, _ = real_layer(problem.name, self.real_layers)
-            else:
-                tensors = make_tensors(problem.spec, problem.extents, self.seed)
-            folder = self.folder / str(len(self._inputs))
-            folder.mkdir()
-            save_tensors(folder, tensors)
-            self._inputs[problem] = _Inputs(folder, reference(problem.spec, tensors))
-        return self._inputs[problem]
+    def __init__(self, protocol: Protocol, inputs: Inputs, row: Callable[..., Measurement]) -> None:
+        self.protocol, self.inputs, self.row = protocol, inputs, row
 
     def prepare(self, worker: Worker, problem: Problem) -> _Turns:
         """Prepare a problem in a worker and check its result; raise WorkerError if either fails."""
-        inputs = self.inputs(problem)
-        output = inputs.folder / "output.npy"
+        folder, expected = self.inputs.of(problem)
+        output = folder / "output.npz"
         output.unlink(missing_ok=True)
         answer = worker.ask(
             {
                 "do": "prepare",
                 "spec": problem.spec.to_json(),
                 "extents": vars(problem.extents),
-                "tensors": str(inputs.folder),
+                "tensors": str(folder),
                 "output": str(output),
             },
             self.protocol.prepare_timeout,
         )
         error = None
         if answer["compared"]:
-            error = relative_error(np.load(output, allow_pickle=False), inputs.expected)
+            with np.load(output, allow_pickle=False) as results:
+                error, name = expected.error_of(results)
             limit = TOLERANCES[problem.spec.dtype]
             if not error <= limit:
-                raise WorkerError(f"wrong result: maximum relative error {error:.1e}, limit {limit:g}")
+                where = "" if name == "output" else f" of {name}"
+                raise WorkerError(f"wrong result: maximum relative error{where} {error:.1e}, limit {limit:g}")
         turns, request = self.protocol.plan(answer["call_ms"])
         return _Turns(worker, turns, request, error)
 
@@ -235,7 +228,6 @@ def compare(
     time_budget: float | None = None,
     seed: int = 0,
     real_layers: str | Path | None = None,
-    measure: str = "call",
     command: str | None = None,
     on_row: Callable[[Measurement], object] | None = None,
     on_step: Callable[[str], object] | None = None,
@@ -245,11 +237,13 @@ def compare(
     Parameters
     ----------
     problems : sequence of Problem
-        See :mod:`tvmdcn.problems`.
+        See :mod:`tvmdcn.problems`. A layer and its gradients (``Problem.backward``) are measured in one comparison.
+        Gradients without their layer bring the forward of the first of ours with them.
     threads : sequence of int
         Numbers of threads; each is a comparison of its own.
     providers : sequence of Provider, optional
-        Default: :func:`tvmdcn.providers.default_providers`.
+        Default: :func:`tvmdcn.providers.default_providers`. One that has no gradients takes part in the forward
+        alone; if that is not measured, its row says so.
     protocol : Protocol, optional
         Numbers of rounds and lengths.
     time_budget : float, optional
@@ -259,8 +253,6 @@ def compare(
         Of the made-up tensors.
     real_layers : str or Path, optional
         Folder with the tensors of real layers, used instead of made-up ones.
-    measure : str
-        What the rows say they measured, see :data:`tvmdcn.measurement.MEASURES`.
     command : str, optional
         What the rows say measured them; default: this process's command line.
     on_row : callable, optional
@@ -281,29 +273,27 @@ def compare(
     chosen = default_providers() if providers is None else list(providers)
     if not problems or not threads or not chosen:
         raise ValueError("compare needs at least one problem, one number of threads and one provider.")
-    if len({provider.name for provider in chosen}) < len(chosen):
+    if len({(provider.name, provider.measure) for provider in chosen}) < len(chosen):
         raise ValueError("compare needs providers with different names.")
+    layers = _by_layer(problems)
     end = math.inf if time_budget is None else time.monotonic() + time_budget
     rows: list[Measurement] = []
-    left = len(threads) * len(problems)
+    left = len(threads) * len(layers)
     with tempfile.TemporaryDirectory(prefix="tvmdcn-bench-") as name:
-        run = _Run(
-            protocol or Protocol(),
-            Path(name),
-            describe_run(measure, command),
-            seed,
-            None if real_layers is None else Path(real_layers),
-        )
+        inputs = Inputs(Path(name), seed, None if real_layers is None else Path(real_layers))
+        run = _Run(protocol or Protocol(), inputs, describe_run(command))
         for count in threads:
-            with _Workers(chosen, count) as workers:
-                for problem in problems:
+            with _Workers(count) as workers:
+                for layer in layers:
                     now = time.monotonic()
                     if now >= end:
-                        logger.warning("time budget spent: %s at %d threads left out", problem.name, count)
+                        names = " and ".join(problem.name for problem in layer.values())
+                        logger.warning("time budget spent: %s at %d threads left out", names, count)
                         continue
                     share = now + (end - now) / left
                     left -= 1
-                    for row in _measure(run, workers, problem, share, on_step or (lambda text: None)):
+                    parts = _parts(layer, chosen, providers is not None)
+                    for row in _measure(run, workers, parts, share, on_step or (lambda text: None)):
                         rows.append(row)
                         if on_row is not None:
                             on_row(row)
@@ -313,10 +303,11 @@ def compare(
 class _Workers:
     """The processes of all providers at one number of threads, started when needed, again after a death."""
 
-    def __init__(self, providers: Sequence[Provider], threads: int) -> None:
-        self.providers, self.threads = providers, threads
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
         self._stack = ExitStack()
-        self._running: dict[str, Worker] = {}
+        self._running: dict[tuple[str, str, str], Worker] = {}
+        self._versions: dict[str, Mapping[str, str]] = {}
 
     def __enter__(self) -> _Workers:
         return self
@@ -324,59 +315,71 @@ class _Workers:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def get(self, provider: Provider) -> Worker:
-        """Return the provider's process; raises WorkerError if its package is missing."""
+    def get(self, part: _Part) -> Worker:
+        """Return the process of a part; raises WorkerError if its package is missing."""
+        provider, key = part.provider, part.key
         if not provider.installed:
             raise WorkerError(f"{provider.package} is not installed: pip install {provider.package}")
-        worker = self._running.get(provider.name)
+        worker = self._running.get(key)
         if worker is None or not worker.alive:
-            worker = self._stack.enter_context(Worker(provider, self.threads))
-            self._running[provider.name] = worker
+            worker = self._stack.enter_context(Worker(provider, self.threads, key[-1]))
+            self._running[key] = worker
+            if provider.python is not None:
+                self._versions[provider.python] = worker.ask({"do": "versions"}, 60.0)["versions"]
         return worker
+
+    def described(self, part: _Part) -> dict[str, Any]:
+        """Return what a row says of its environment, where that is another than this process's."""
+        versions = self._versions.get(part.provider.python or "")
+        return {} if versions is None else {"versions": versions}
 
 
 def _measure(
-    run: _Run, workers: _Workers, problem: Problem, until: float, on_step: Callable[[str], object]
+    run: _Run, workers: _Workers, parts: Sequence[_Part], until: float, on_step: Callable[[str], object]
 ) -> Iterator[Measurement]:
-    """Measure one problem at one number of threads; yields the rows in the order of the providers."""
-    title = f"{problem.name}, {workers.threads} thread{'s' * (workers.threads > 1)}"
-    active: dict[str, _Turns] = {}
-    failed: dict[str, str] = {}
-    providers = {provider.name: provider for provider in workers.providers}
-    for name, provider in providers.items():
-        on_step(f"{title}: preparing {name}")
+    """Measure one layer at one number of threads; yields the rows in the order of the parts."""
+    if not parts:
+        return
+    title = f"{parts[0].problem.forward.name}, {workers.threads} thread{'s' * (workers.threads > 1)}"
+    active: dict[_Part, _Turns] = {}
+    failed: dict[_Part, str] = {}
+    for part in parts:
+        on_step(f"{title}: preparing {part}")
         try:
-            active[name] = run.prepare(workers.get(provider), problem)
+            active[part] = run.prepare(workers.get(part), part.problem)
         except (TvmdcnError, OSError) as error:  # a worker's reason, or inputs that cannot be made
-            failed[name] = str(error)
+            failed[part] = str(error)
     for index in range(run.protocol.rounds):
         if index >= 2 and time.monotonic() > until:
             break
         on_step(f"{title}: round {index + 1} of {run.protocol.rounds}")
-        for name in turn_order(list(providers), index):
-            turns = active.get(name)
+        for part in turn_order(parts, index):
+            turns = active.get(part)
             if turns is None or not turns.due(index, run.protocol.rounds):
                 continue
             try:
                 answer = turns.worker.ask(turns.request, run.protocol.measure_timeout)
                 turns.times += answer["times_ms"]
             except WorkerError as error:
-                failed[name] = str(error)
-                del active[name]
-    for name, provider in providers.items():
-        if name in failed:
-            logger.info("%s: %s failed: %s", title, name, failed[name])
-            yield run.row(problem, provider, workers.threads, status="failed", reason=failed[name])
+                failed[part] = str(error)
+                del active[part]
+    for part in parts:
+        where = workers.described(part)
+        if part in failed:
+            logger.info("%s: %s failed: %s", title, part, failed[part])
+            reason = {"status": "failed", "reason": failed[part]}
+            yield run.row(part.problem, part.provider, workers.threads, **where, **reason)
             continue
-        times = active[name].times
+        times = active[part].times
         yield run.row(
-            problem,
-            provider,
+            part.problem,
+            part.provider,
             workers.threads,
             median_ms=percentile(times, 0.5),
             min_ms=min(times),
             p10=percentile(times, 0.1),
             p90=percentile(times, 0.9),
             runs=len(times),
-            max_rel_error=active[name].error,
+            max_rel_error=active[part].error,
+            **where,
         )

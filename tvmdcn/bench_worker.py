@@ -4,11 +4,13 @@
 Requests, each answered by one line with ``ok``, and with ``reason`` where that is false:
 
 ``{"do": "prepare", "spec", "extents", "tensors": FOLDER, "output": FILE or null}``
-    Prepare a layer and call it twice; answers ``call_ms``, the time of the second call, and ``compared``,
-    whether the output was written to FILE.
+    Prepare a layer, or its gradients, and call it twice; answers ``call_ms``, the time of the second call, and
+    ``compared``, whether the results were written to FILE (``.npz``, float64, by the names of the outputs).
 ``{"do": "measure", "seconds", "min_calls", "warmup"}``
     Time calls until both limits are reached, after untimed calls for ``warmup`` seconds (null: none); answers
     ``times_ms``.
+``{"do": "versions"}``
+    Answer ``versions``, of this process's environment.
 ``{"do": "quit"}``
     End without an answer. So does the end of standard input.
 
@@ -26,14 +28,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tvmdcn.providers import Prepared, Unsupported
-from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.measurement import identify_versions
+from tvmdcn.providers import BackwardTensors, Prepared, Unsupported
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents, spec_from_json
 from tvmdcn.tensors import Tensors, numpy_dtype
 
 __all__ = ["load_tensors", "main", "save_tensors"]
@@ -43,23 +46,23 @@ _NAMES = ("input", "offset", "weight", "mask", "bias")
 
 def save_tensors(folder: Path, tensors: Tensors) -> None:
     """Write the tensors of a problem to a folder, for the workers to read."""
-    for name in _NAMES:
-        array = getattr(tensors, name)
+    for name, array in vars(tensors).items():
         if array is not None:
             # NumPy's files know no bfloat16: its bits are kept.
             np.save(folder / f"{name}.npy", array.view(np.uint16) if array.dtype.kind == "V" else array)
 
 
 def load_tensors(folder: Path, spec: DeformConv2dSpec) -> Tensors:
-    """Read what :func:`save_tensors` wrote."""
+    """Read what :func:`save_tensors` wrote; for gradients these are :class:`BackwardTensors`."""
     arrays: dict[str, Any] = {}
-    for name in _NAMES:
+    backward = isinstance(spec, DeformConv2dGradSpec)
+    for name in (*_NAMES, "grad_output") if backward else _NAMES:
         path = folder / f"{name}.npy"
         array = np.load(path, allow_pickle=False) if path.exists() else None
         if array is not None and spec.dtype == "bfloat16":
             array = array.view(numpy_dtype("bfloat16"))
         arrays[name] = array
-    return Tensors(**arrays)
+    return BackwardTensors(**arrays) if backward else Tensors(**arrays)
 
 
 class Layers:
@@ -72,14 +75,16 @@ class Layers:
     def prepare(self, request: dict[str, Any]) -> dict[str, Any]:
         """Prepare the layer of a request, compute its output, and time a call after that."""
         self._layer = None  # the memory of the last problem is free before the next needs it
-        spec = DeformConv2dSpec.from_json(request["spec"])
+        spec = spec_from_json(request["spec"])
         extents = Extents(**request["extents"])
         tensors = load_tensors(Path(request["tensors"]), spec)
         layer = _find(self._source)(spec, extents, tensors, self._threads, self._schedule)
         result = layer.call()
         if layer.output is not None and request["output"] is not None:
+            output = layer.output(result)
+            named = output if isinstance(output, Mapping) else {"output": output}
             # float64 holds every dtype exactly, and NumPy's files know it.
-            np.save(request["output"], np.asarray(layer.output(result)).astype(np.float64))
+            np.savez(request["output"], **{name: np.asarray(array, np.float64) for name, array in named.items()})
         del result
         start = time.perf_counter()
         layer.call()
@@ -139,7 +144,11 @@ def main(arguments: list[str] | None = None) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     layers = Layers(source, schedule or None, int(threads))
-    actions = {"prepare": layers.prepare, "measure": layers.measure}
+    actions = {
+        "prepare": layers.prepare,
+        "measure": layers.measure,
+        "versions": lambda request: {"versions": identify_versions()},
+    }
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "quit":

@@ -73,11 +73,13 @@ def _annotations(operator: Operator, module: Any) -> dict[str, int]:
         if isinstance(stmt, tirx.SeqStmt):
             for inner in stmt:
                 visit(inner)
-        elif isinstance(stmt, tirx.For):
-            visit(stmt.body)
         elif hasattr(stmt, "block"):
             found.update({k: int(v) for k, v in stmt.block.annotations.items() if k in (TILE_UNITS, UNIT_BYTES)})
             visit(stmt.block.body)
+        else:  # a loop, a condition, or a store, which holds no blocks
+            for inner in ("body", "then_case", "else_case"):
+                if getattr(stmt, inner, None) is not None:
+                    visit(getattr(stmt, inner))
 
     visit(module[operator.name].body)
     return found
@@ -120,7 +122,9 @@ def compile_schedule(spec: DeformConv2dSpec, target: TargetInfo, module: Any) ->
         return tvm.compile(tvm.IRModule(functions), target=target.to_tvm())
     except Exception as error:
         # TVM raises RuntimeError, ValueError and its own classes alike.
-        raise BuildError(f"TVM could not compile {spec.slug} for {target.tag}: {_last_line(error)}") from error
+        raise BuildError(
+            f"TVM could not compile {operator.name} {spec.slug} for {target.tag}: {_last_line(error)}"
+        ) from error
 
 
 def _last_line(error: BaseException) -> str:
@@ -139,7 +143,7 @@ def build(
 
     Parameters
     ----------
-    spec : DeformConv2dSpec
+    spec : DeformConv2dSpec or DeformConv2dGradSpec
         What to compute.
     target : str or TargetInfo, optional
         What to compute it on; this machine by default.
@@ -169,7 +173,9 @@ def build(
         If the target's records cannot be read.
     """
     if not isinstance(spec, DeformConv2dSpec):
-        raise SpecTypeError(f"spec must be a DeformConv2dSpec, got {shown(spec)} of type {type(spec).__name__}.")
+        raise SpecTypeError(
+            f"spec must be a DeformConv2dSpec or DeformConv2dGradSpec, got {shown(spec)} of type {type(spec).__name__}."
+        )
     if isinstance(schedule, Decisions):
         source, digest = "decisions", _digest(schedule.to_json())
     elif schedule in ("tuned", "default", "naive"):
@@ -203,7 +209,7 @@ def _scheduled(spec: DeformConv2dSpec, target: TargetInfo, schedule: str | Decis
         if found is not None:
             decisions, source = found.decisions, found.description
         else:
-            _log.info("no tuning record for %s on %s: default decisions", spec.slug, target.tag)
+            _log.info("no tuning record for %s %s on %s: default decisions", spec.operator, spec.slug, target.tag)
     sch = new_schedule(spec, target)
     made = space_of(spec.operator, target.kind).schedule(sch, spec, target, decisions)
     return sch, {"source": source, "decisions": made.to_json(), "trace": str(sch.trace)}

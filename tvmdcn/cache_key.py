@@ -17,15 +17,15 @@ from typing import Any
 
 from tvmdcn import env
 from tvmdcn.errors import ArtifactError, SpecError
-from tvmdcn.spec import DeformConv2dSpec
+from tvmdcn.spec import DeformConv2dSpec, spec_from_json
 from tvmdcn.target import TargetInfo
 
 __all__ = ["ABI", "SCHEDULES", "SCHEMA", "CacheKey", "record_roots", "records_digest", "source_digest"]
 
 # Raise with the manifest's format; artifacts of another schema lie in another directory.
 SCHEMA = 1
-# Raise with the signature or the meaning of the compiled functions (see tvmdcn.runtime).
-ABI = 1
+# Raise with the signature or the meaning of the compiled functions (see tvmdcn.compiled).
+ABI = 2
 SCHEDULES = ("tuned", "default", "naive", "decisions")
 
 
@@ -172,7 +172,7 @@ class CacheKey:
 
     def path(self, cache_dir: Path) -> Path:
         """Return the artifact's directory in a cache directory."""
-        spec = DeformConv2dSpec.from_json(self.spec)
+        spec = spec_from_json(self.spec)
         name = f"{self.operator}-{spec.slug}-{self.digest()}"
         return tag_directory(cache_dir, TargetInfo.tag_of(self.target)) / name
 

@@ -86,6 +86,13 @@ def main() -> None:
 
 @click.command("build")
 @click.option("--problem", "problems", multiple=True, required=True, help="A named problem, or N,Cin,H,W,Cout,...")
+@click.option(
+    "--operator",
+    type=click.Choice(["deform_conv2d", "deform_conv2d_grad", "all"]),
+    default="deform_conv2d",
+    show_default=True,
+    help="The layers, their gradients, or both.",
+)
 @click.option("--target", help="LLVM processor name. Default: this machine.")
 @click.option(
     "--schedule",
@@ -94,11 +101,12 @@ def main() -> None:
     show_default=True,
     help="Tuned falls back on default where there is no record.",
 )
-def build_command(problems: tuple[str, ...], target: str | None, schedule: str) -> None:
+def build_command(problems: tuple[str, ...], operator: str, target: str | None, schedule: str) -> None:
     """Compile layers to artifacts in the cache, and print where they are."""
-    from tvmdcn.problems import parse_problem
+    from tvmdcn.problems import of_operators, parse_problem
 
-    found = [parse_problem(text) for text in problems]  # a slip of the keyboard is told before TVM is imported
+    # A slip of the keyboard is told before TVM is imported.
+    found = of_operators([parse_problem(text) for text in problems], operator)
     from tvmdcn.builder import build
 
     for problem in found:

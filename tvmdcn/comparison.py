@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What rows say when set beside each other: per problem the ratios, over the problems their geometric means.
 
-Only rows of one machine and one number of threads are compared. Both the terminal's table and the report show
-what is computed here.
+Only rows of one machine, one number of threads and one direction are compared; with one exception, our backward
+in units of our own forward. Both the terminal's table and the report show what is computed here.
 """
 
 from __future__ import annotations
@@ -11,14 +11,25 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tvmdcn.measurement import Measurement
-from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.measurement import DIRECTIONS, Measurement
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 
-__all__ = ["GeometricMean", "Line", "Section", "describe_layer", "geometric_mean", "organize", "thread_gains"]
+__all__ = [
+    "Aim",
+    "GeometricMean",
+    "Line",
+    "Section",
+    "Verdict",
+    "describe_layer",
+    "describe_measure",
+    "geometric_mean",
+    "organize",
+    "thread_gains",
+]
 
 # The schedule that stands for us, and the order of columns; others follow in the order of their first row.
 _SUBJECTS = ("ours-tuned", "ours-default", "ours-naive")
@@ -55,13 +66,22 @@ def geometric_mean(ratios: Sequence[float | None]) -> GeometricMean | None:
 
 @dataclass(frozen=True)
 class Line:
-    """One problem of a section: its rows by provider, and the ratios."""
+    """One problem of a section: its rows by provider, and the ratios.
+
+    `forward` are, of gradients, the rows of the layer itself.
+    """
 
     problem: str
     spec: DeformConv2dSpec
     extents: Extents
     rows: Mapping[str, Measurement]
     subject: str | None
+    forward: Mapping[str, Measurement] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The layer's name, with the direction if it is backward."""
+        return next(iter(self.rows.values())).title
 
     def _fastest(self, role: str) -> Measurement | None:
         usable = [row for row in self.rows.values() if row.role == role and row.median_ms is not None]
@@ -94,6 +114,15 @@ class Line:
         return _ratio(self.ours, self.floor)
 
     @property
+    def growth(self) -> float | None:
+        """Our time in units of our own forward's; of gradients only."""
+        return _ratio(self.ours, self.forward.get(self.subject or ""))
+
+    def against(self, provider: str) -> float | None:
+        """A provider's time in units of ours."""
+        return _ratio(self.rows.get(provider), self.ours)
+
+    @property
     def gflops(self) -> float | None:
         """Our billions of operations per second, sampling not counted."""
         ours = self.ours
@@ -107,8 +136,68 @@ def _ratio(above: Measurement | None, below: Measurement | None) -> float | None
 
 
 @dataclass(frozen=True)
+class Aim:
+    """A ratio to stay below, or to reach, on some of the layers."""
+
+    text: str
+    limit: float
+    ratio: Callable[[Line], float | None]
+    layers: Callable[[DeformConv2dSpec], bool]
+    at_least: bool = False
+
+    def met_by(self, ratio: float) -> bool:
+        """Whether a ratio is as good as the limit."""
+        return ratio >= self.limit if self.at_least else ratio <= self.limit
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An aim, and the ratio of each layer it is for."""
+
+    aim: Aim
+    ratios: Sequence[tuple[Line, float]]
+
+    @property
+    def misses(self) -> list[tuple[Line, float]]:
+        """The layers that fall short."""
+        return [(line, ratio) for line, ratio in self.ratios if not self.aim.met_by(ratio)]
+
+    @property
+    def worst(self) -> float:
+        """The ratio farthest from the aim, or nearest to missing it."""
+        ratios = [ratio for _, ratio in self.ratios]
+        return min(ratios) if self.aim.at_least else max(ratios)
+
+
+_AIMS = {
+    "forward": (),
+    "backward": (
+        Aim(
+            "at most 2.2\u00d7 our own forward, on layers with one offset group",
+            2.2,
+            lambda line: line.growth,
+            lambda spec: spec.offset_groups == 1,
+        ),
+        Aim(
+            "at most 1.5\u00d7 a plain convolution's backward, on layers with one offset group and one group",
+            1.5,
+            lambda line: line.cost,
+            lambda spec: spec.offset_groups == spec.groups == 1,
+        ),
+        Aim(
+            "at least 8\u00d7 as fast as torchvision's backward",
+            8.0,
+            lambda line: line.against("torchvision"),
+            lambda spec: True,
+            at_least=True,
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Section:
-    """The rows of one machine at one number of threads.
+    """The rows of one machine at one number of threads and in one direction.
 
     `subject` is the provider that stands for us, the best kind of schedule that was measured; `versions` are
     those that most rows have; `extra` are rows of other measures than calls; `superseded` counts rows that a
@@ -117,6 +206,7 @@ class Section:
 
     machine: Mapping[str, Any]
     threads: int
+    direction: str
     providers: Sequence[str]
     roles: Mapping[str, str]
     subject: str | None
@@ -135,9 +225,31 @@ class Section:
         """Over the problems, our time in units of the plain convolution's."""
         return geometric_mean([line.cost for line in self.lines])
 
+    @property
+    def growth(self) -> GeometricMean | None:
+        """Over the problems, our time in units of our own forward's; of gradients only."""
+        return geometric_mean([line.growth for line in self.lines])
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """The aims that something was measured for."""
+        found = []
+        for aim in _AIMS[self.direction]:
+            ratios = [(line, aim.ratio(line)) for line in self.lines if aim.layers(line.spec)]
+            known = [(line, ratio) for line, ratio in ratios if ratio is not None]
+            found += [Verdict(aim, known)] if known else []
+        return found
+
     def against(self, provider: str) -> GeometricMean | None:
         """Over the problems, the time of a provider in units of ours."""
-        return geometric_mean([_ratio(_timed(line, provider), line.ours) for line in self.lines])
+        return geometric_mean([line.against(provider) for line in self.lines])
+
+    def above_kernel(self, row: Measurement) -> float | None:
+        """Return the milliseconds that a call takes beyond the kernel's own, on the same tensors of torch."""
+        if not row.measure.startswith("overhead_") or row.measure in _OF_KERNEL or row.median_ms is None:
+            return None
+        kernel = next((other for other in self.extra if other.measure == "overhead_torch"), None)
+        return None if kernel is None or kernel.median_ms is None else row.median_ms - kernel.median_ms
 
     def differences(self, row: Measurement) -> list[str]:
         """Return how a row's versions differ from those that most rows of the section have."""
@@ -149,9 +261,26 @@ class Section:
         ]
 
 
-def _timed(line: Line, provider: str) -> Measurement | None:
-    row = line.rows.get(provider)
-    return row if row is not None and row.median_ms is not None else None
+_OF_KERNEL = {"overhead_numpy": "NumPy", "overhead_torch": "torch"}
+# What is called, forward and backward.
+_CALLED = {
+    "overhead_function": ("tvmdcn.deform_conv2d", "tvmdcn.deform_conv2d_backward"),
+    "overhead_operator": ("torch.ops.tvmdcn.deform_conv2d", "torch.ops.tvmdcn.deform_conv2d_backward"),
+    "overhead_module": ("tvmdcn.DeformConv2d", "tvmdcn.DeformConv2d"),
+    "overhead_autograd": ("tvmdcn.deform_conv2d, recorded by autograd", "torch.autograd.grad of it"),
+}
+
+
+def describe_measure(row: Measurement) -> str:
+    """Return what a row measured, in words."""
+    if row.measure == "first_result":
+        return "import to first result"
+    if row.measure in _OF_KERNEL:
+        kernel = "the kernel" if row.direction == "forward" else "the gradients' kernel"
+        return f"call overhead, {kernel}, {_OF_KERNEL[row.measure]}"
+    if row.measure in _CALLED:
+        return f"call overhead, {_CALLED[row.measure][DIRECTIONS.index(row.direction)]}"
+    return f"call, {row.direction}"
 
 
 def _frozen(value: Any) -> str:
@@ -159,28 +288,40 @@ def _frozen(value: Any) -> str:
 
 
 def organize(rows: Iterable[Measurement]) -> list[Section]:
-    """Set rows beside each other, one section per machine and number of threads.
+    """Set rows beside each other, one section per machine, direction and number of threads.
 
     The machine with the most rows comes first. Where a problem was measured more than once with a provider,
     the row with the latest date is used.
     """
-    by_place: dict[tuple[str, int], list[Measurement]] = {}
+    by_place: dict[tuple[str, str, int], list[Measurement]] = {}
     for row in rows:
-        by_place.setdefault((_frozen(row.machine), row.threads), []).append(row)
-    size = Counter({machine: 0 for machine, _ in by_place})
-    for (machine, _), found in by_place.items():
+        by_place.setdefault((_frozen(row.machine), row.direction, row.threads), []).append(row)
+    size = Counter({machine: 0 for machine, _, _ in by_place})
+    for (machine, _, _), found in by_place.items():
         size[machine] += len(found)
-    order = sorted(by_place, key=lambda place: (-size[place[0]], place[0], place[1]))
-    return [_section(by_place[place]) for place in order]
+    order = sorted(by_place, key=lambda at: (-size[at[0]], at[0], DIRECTIONS.index(at[1]), at[2]))
+    return [_section(by_place[at], by_place.get((at[0], "forward", at[2]), [])) for at in order]
 
 
-def _section(rows: list[Measurement]) -> Section:
+def _latest(rows: Iterable[Measurement]) -> list[Measurement]:
     latest: dict[tuple[Any, ...], Measurement] = {}
     for row in rows:
         key = (row.measure, row.problem, row.spec, row.extents, row.provider)
         if key not in latest or _moment(row) >= _moment(latest[key]):
             latest[key] = row
-    used = list(latest.values())
+    return list(latest.values())
+
+
+def _by_problem(rows: Iterable[Measurement]) -> dict[tuple[str, DeformConv2dSpec, Extents], dict[str, Measurement]]:
+    by_problem: dict[tuple[str, DeformConv2dSpec, Extents], dict[str, Measurement]] = {}
+    for row in rows:
+        if row.measure == "call":
+            by_problem.setdefault((row.problem, row.spec, row.extents), {})[row.provider] = row
+    return by_problem
+
+
+def _section(rows: list[Measurement], forward_rows: list[Measurement]) -> Section:
+    used = _latest(rows)
     calls = [row for row in used if row.measure == "call"]
     providers = list(dict.fromkeys(row.provider for row in calls))
     roles = {row.provider: row.role for row in calls}
@@ -193,21 +334,28 @@ def _section(rows: list[Measurement]) -> Section:
     timed = {row.provider for row in calls if row.status == "ok"}
     ours = [name for name in providers if roles[name] == "ours"]
     subject = next((name for name in ours if name in timed), ours[0] if ours else None)
-    by_problem: dict[tuple[str, DeformConv2dSpec, Extents], dict[str, Measurement]] = {}
-    for row in calls:
-        by_problem.setdefault((row.problem, row.spec, row.extents), {})[row.provider] = row
+    direction = rows[0].direction
+    forward = {} if direction == "forward" else _by_problem(_latest(forward_rows))
     versions = Counter(_frozen(row.versions) for row in used).most_common(1)[0][0]
     return Section(
         machine=rows[0].machine,
         threads=rows[0].threads,
+        direction=direction,
         providers=providers,
         roles=roles,
         subject=subject,
-        lines=[Line(*key, found, subject) for key, found in by_problem.items()],
+        lines=[
+            Line(problem, spec, extents, found, subject, forward.get((problem, _layer(found), extents), {}))
+            for (problem, spec, extents), found in _by_problem(calls).items()
+        ],
         versions=json.loads(versions),
         extra=[row for row in used if row.measure != "call"],
         superseded=len(rows) - len(used),
     )
+
+
+def _layer(rows: Mapping[str, Measurement]) -> DeformConv2dSpec:
+    return next(iter(rows.values())).layer
 
 
 def _moment(row: Measurement) -> float:
@@ -217,22 +365,21 @@ def _moment(row: Measurement) -> float:
 def thread_gains(sections: Sequence[Section]) -> list[tuple[Line, dict[int, float]]]:
     """Return, per problem, how many times as fast we are with more threads than with the fewest.
 
-    Of the first machine only.
+    Of the first machine only; forward, then backward.
     """
-    if not sections:
-        return []
-    same = [section for section in sections if section.machine == sections[0].machine]
     gains = []
-    for line in same[0].lines:
-        gain = {}
-        for section in same[1:]:
-            for other in section.lines:
-                if (other.problem, other.spec, other.extents) == (line.problem, line.spec, line.extents):
-                    ratio = _ratio(line.ours, other.ours) if line.subject == other.subject else None
-                    if ratio is not None:
-                        gain[section.threads] = ratio
-        if gain:
-            gains.append((line, gain))
+    for direction in DIRECTIONS:
+        same = [s for s in sections if s.machine == sections[0].machine and s.direction == direction]
+        for line in same[0].lines if same else ():
+            gain = {}
+            for section in same[1:]:
+                for other in section.lines:
+                    if (other.problem, other.spec, other.extents) == (line.problem, line.spec, line.extents):
+                        ratio = _ratio(line.ours, other.ours) if line.subject == other.subject else None
+                        if ratio is not None:
+                            gain[section.threads] = ratio
+            if gain:
+                gains.append((line, gain))
     return gains
 
 
@@ -258,6 +405,11 @@ def describe_layer(spec: DeformConv2dSpec, extents: Extents) -> str:
         text += f", {spec.dtype}"
     if spec.layout != "NCHW":
         text += f", {spec.layout}"
+    if isinstance(spec, DeformConv2dGradSpec):
+        if spec.outputs != DeformConv2dGradSpec.of(spec.layer).outputs:
+            text += f", {', '.join(spec.outputs)} only"
+        if spec.border != "torchvision":
+            text += f", border as {spec.border}"
     return text
 
 

@@ -1,57 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels that can be called: checks of the arguments, and little between them and the compiled code.
-
-The compiled functions are::
-
-    deform_conv2d(x, offset, [mask,] weight, bias, out, height, width, out_width, tasks, tiles, tile_units)
-    pack_weight(weight, packed)
-
-with images as [N, channels, pixels] (NCHW) or [N, pixels, channels] (NHWC), ``tasks == N * tiles`` and
-``tiles * tile_units * granule >= pixels``.
-"""
+"""Kernels of layers that can be called: checks of the arguments, and little between them and the compiled code."""
 
 from __future__ import annotations
 
-import logging
-import math
-import threading
-from collections.abc import Hashable
-from dataclasses import fields
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import numpy as np
 
-from tvmdcn import env
 from tvmdcn import threads as thread_pool
 from tvmdcn.arrays import NumpyArrays, TorchArrays, arrays_of
 from tvmdcn.artifact import Artifact
+from tvmdcn.compiled import CompiledKernel
 from tvmdcn.errors import SpecError
-from tvmdcn.native import Frame, Tensor
-from tvmdcn.partition import partition
-from tvmdcn.prepared import PreparedCall, WidenedCall
+from tvmdcn.native import Tensor
+from tvmdcn.prepared import PreparedCall
 from tvmdcn.spec import DeformConv2dSpec, Extents
-from tvmdcn.target import TargetInfo
-from tvmdcn.validation import INT32_MAX, check_dtype, check_int
-from tvmdcn.weights import CachedWeight, PackedWeight
+from tvmdcn.tensors import numpy_dtype
+from tvmdcn.weights import PackedWeight
 
 __all__ = ["Kernel", "PackedWeight"]
 
-_log = logging.getLogger(__name__)
 
-# Detectors call with ever new sizes: prepared calls (3 KB each) and packed weights are dropped, oldest first.
-_MAX_CALLS = 256
-_MAX_WEIGHTS = 32
-
-
-def _aligned(shape: tuple[int, ...], dtype: str, alignment: int) -> np.ndarray:
-    """Return an uninitialised array whose data lies at a multiple of `alignment` bytes."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.empty(size + alignment, np.uint8)
-    first = -memory.ctypes.data % alignment
-    return memory[first : first + size].view(dtype).reshape(shape)
-
-
-class Kernel:
+class Kernel(CompiledKernel):
     """A compiled layer, callable on NumPy arrays and on torch CPU tensors; safe to call from several threads.
 
     Parameters
@@ -68,29 +39,13 @@ class Kernel:
         If the artifact is refused or cannot be loaded.
     """
 
+    operator = DeformConv2dSpec.operator
+    public_name = "deform_conv2d"
+
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
-        self.artifact = artifact
-        self.spec = artifact.spec
-        self.threads = env.num_threads() if threads is None else check_int("threads", threads, 1)
-        module = artifact.load()
-        self._function = module.function(artifact.kernel.entry)
-        self._pack_function = module.function(artifact.kernel.pack)
-        # What a kernel packs is the same for every kernel of the same interface and name.
-        self._name = artifact.path.name
+        super().__init__(artifact, threads)
         self._bias = np.zeros(self.spec.out_channels, self.spec.accumulator_dtype)
         self._no_bias = NumpyArrays.pointer(self._bias)
-        self._calls: dict[Hashable, PreparedCall] = {}
-        self._weights: dict[int, CachedWeight] = {}
-        self._lock = threading.Lock()  # for changes of the two; looking up needs none
-
-    @property
-    def target(self) -> TargetInfo:
-        """What the kernel was built for."""
-        return self.artifact.target
-
-    def __repr__(self) -> str:
-        """Return the artifact's name, schedule and target."""
-        return f"Kernel({self._name}, {self.artifact.key.schedule}, {self.target.tag})"
 
     def __call__(
         self,
@@ -141,20 +96,13 @@ class Kernel:
         except (AttributeError, TypeError, RuntimeError):
             pass  # not an array, or of another kind: the checks say which
         if call is None:
-            call = self._prepare(arrays, input, offset, weight, bias, mask, out, count)
-            with self._lock:
-                if len(self._calls) >= _MAX_CALLS:
-                    del self._calls[next(iter(self._calls))]
-                self._calls[key] = call
-        if isinstance(arrays, TorchArrays):
-            arrays.refuse_gradients(input, offset, weight if packed is None else None, bias, mask, out)
+            call = self._keep(key, self._prepare(arrays, input, offset, weight, bias, mask, out, count))
         if packed is None:
             packed = self._packed(arrays, weight)
         elif packed.kernel != self._name:
-            raise SpecError(
-                f"weight was packed for {packed.kernel}, this kernel is {self._name}, which may read it in "
-                "another order. Pack it with this kernel's pack()."
-            )
+            self._refuse_packed(packed)
+        if isinstance(arrays, TorchArrays):
+            arrays.refuse_gradients(input, offset, None if weight is packed else weight, bias, mask, out)
         if call.copies:
             input, offset, mask = (
                 None if a is None else arrays.dense(a, self.spec.layout) for a in (input, offset, mask)
@@ -186,13 +134,6 @@ class Kernel:
         call.run(pointers)
         return result
 
-    @staticmethod
-    def _check_memory(arrays: Any, **named: Any) -> None:
-        """Check arrays that a prepared call was found for again: some kinds of tensors show only in use."""
-        for name, array in named.items():
-            if array is not None:
-                arrays.check(name, array)
-
     def _call_aligned(
         self, arrays: Any, input: Any, offset: Any, packed: PackedWeight, bias: Any, mask: Any, out: Any
     ) -> Any:
@@ -206,57 +147,14 @@ class Kernel:
             bias = arrays.dense(bias, self.spec.layout)
         return self(input, offset, packed, bias, mask, out)
 
-    def pack(self, weight: Any) -> PackedWeight:
-        """Bring a weight into the order in which this kernel reads it, once for many calls.
-
-        Parameters
-        ----------
-        weight : (Cout, Cin / groups, kh, kw)
-            torch.Tensor on the CPU or numpy.ndarray, of the spec's dtype. Later changes to it are not seen.
-
-        Raises
-        ------
-        SpecError, SpecTypeError
-            If it is not a weight of the spec.
-        """
-        arrays = arrays_of(weight)
-        arrays.check("weight", weight)
-        check_dtype({"input": self.spec.dtype, "weight": arrays.dtype(weight)})
-        if tuple(weight.shape) != self.spec.weight_shape:
-            raise SpecError(
-                f"weight must have the shape {self.spec.weight_shape} (Cout, Cin/groups, kh, kw) for "
-                f"{self!r}, got {tuple(weight.shape)}."
-            )
-        weight = arrays.dense(weight, "NCHW")
-        interface = self.artifact.kernel
-        packed = _aligned(interface.packed_shape, interface.packed_dtype, interface.alignment)
-        arguments = Tensor(weight.shape, self.spec.dtype), Tensor(packed.shape, interface.packed_dtype)
-        frame = Frame(self._pack_function, arguments)
-        pointers = arrays.pointer(weight), NumpyArrays.pointer(packed)
-        for at, pointer in zip(frame.pointers, pointers, strict=True):
-            frame.words[at] = pointer
-        thread_pool.use_threads(self.threads or thread_pool.current_count())
-        frame.run()
-        return PackedWeight(packed, self._name)
-
-    def _packed(self, arrays: NumpyArrays | TorchArrays, weight: Any) -> PackedWeight:
-        """Return the weight packed; from memory for a torch tensor that has not changed."""
-        if not isinstance(arrays, TorchArrays):
-            return self.pack(weight)
-        identity = id(weight)
-        known = self._weights.get(identity)
-        if known is not None and known.is_of(weight):
-            return known.packed
-        packed = self.pack(weight)
-        # A tensor made in inference mode has no version, and a copy or a view is gone when the call returns.
-        if not weight.is_inference() and weight.is_contiguous() and not weight.is_neg():
-            weights = self._weights
-            cached = CachedWeight(arrays, weight, packed, lambda _: weights.pop(identity, None))
-            with self._lock:
-                for oldest in list(weights)[: len(weights) + 1 - _MAX_WEIGHTS]:
-                    weights.pop(oldest, None)
-                weights[identity] = cached
-        return packed
+    def bind(self, tensors: Mapping[str, np.ndarray]) -> Callable[[], dict[str, np.ndarray]]:
+        """Return a function that computes the output of these inputs; see :meth:`CompiledKernel.bind`."""
+        input, offset = tensors["input"], tensors["offset"]
+        bias, mask, weight = tensors.get("bias"), tensors.get("mask"), self.pack(tensors["weight"])
+        shape = list(offset.shape)
+        shape[3 if self.spec.layout == "NHWC" else 1] = self.spec.out_channels
+        out = np.full(shape, np.nan).astype(numpy_dtype(self.spec.dtype))
+        return lambda: {"output": self(input, offset, weight, bias, mask, out)}
 
     def _prepare(
         self,
@@ -271,83 +169,17 @@ class Kernel:
     ) -> PreparedCall:
         """Check a call's arguments, and lay out what stays the same for all calls like it."""
         spec = self.spec
-        named = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-        if type(weight) is PackedWeight:
-            del named["weight"]
-        named = {name: array for name, array in named.items() if array is not None or name in ("offset", "weight")}
-        for name, array in named.items():
-            arrays.check(name, array)
-        if mask is None and spec.mask:
-            raise SpecError(f"mask is missing: {self!r} computes a layer with one (DCNv2).")
-        shapes = {
-            name: arrays.channels_first_shape(array, spec.layout if name in ("input", "offset", "mask") else "NCHW")
-            for name, array in named.items()
-        }
-        shapes.setdefault("weight", spec.weight_shape)
-        dtypes = {name: arrays.dtype(array) for name, array in named.items()}
-        found, extents = DeformConv2dSpec.from_shapes(
-            **shapes,
-            stride=spec.stride,
-            padding=spec.padding,
-            dilation=spec.dilation,
-            dtype=dtypes,
-            layout=spec.layout,
-        )
-        if found != spec:
-            raise SpecError(
-                f"the arguments are those of another layer than {self!r}: "
-                + "; ".join(
-                    f"{field.name} {getattr(found, field.name)!r}, not {getattr(spec, field.name)!r}"
-                    for field in fields(spec)
-                    if getattr(found, field.name) != getattr(spec, field.name)
-                )
-                + ". Load a kernel for them, or call tvmdcn.deform_conv2d."
-            )
-        size = spec.output_size(extents.height, extents.width)
-        call = self._lay_out(extents, size, count)
-        call.out_shape = (extents.batch, spec.out_channels, *size)
+        given = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
+        named, extents = self._checked(arrays, spec, given)
+        call = self._lay_out(extents, count, parts=count)
+        call.out_shape = (extents.batch, spec.out_channels, *spec.output_size(extents.height, extents.width))
         if out is not None:
             self._check_out(arrays, out, call.out_shape)
-        strided = [
-            name
-            for name in ("input", "offset", "mask")
-            if name in named and not arrays.is_dense(named[name], spec.layout)
-        ]
-        if strided:
-            _log.debug("%s: %s not contiguous in %s: copied at each call", self, ", ".join(strided), spec.layout)
-        call.copies = bool(strided)
+        call.copies = self._needs_copies(arrays, {n: named[n] for n in ("input", "offset", "mask") if n in named})
         if bias is not None and (spec.dtype != spec.accumulator_dtype or not arrays.is_dense(bias, "NCHW")):
             call.bias_dtype = spec.accumulator_dtype
         call.item_mask = input.itemsize - 1
         return call
-
-    def _lay_out(self, extents: Extents, size: tuple[int, int], count: int) -> PreparedCall:
-        """Return the call of the compiled function for these sizes."""
-        if not extents.batch:
-            return PreparedCall(self._function, [], count)
-        pixels, least = size[0] * size[1], self.artifact.kernel.granule
-        plan = self._plan(extents, pixels, size[1], count)
-        if pixels >= least:
-            self._check_indices(extents, plan)
-            return PreparedCall(self._function, plan, count)
-        wide = self._plan(extents, least, size[1], count)
-        self._check_indices(extents, wide)
-        return WidenedCall(self._function, plan, count, wide)
-
-    def _check_indices(self, extents: Extents, plan: list[Tensor | int]) -> None:
-        """Refuse sizes that each tensor may have, but not what a kernel makes of them: indices are int32."""
-        spec, image = self.spec, extents.height * extents.width
-        counts = [math.prod(argument.shape) for argument in plan if isinstance(argument, Tensor)]
-        counts.append(extents.batch * (image + 1) * spec.in_channels)  # channels last, with a pixel of zeros
-        if self.artifact.key.schedule == "naive":
-            tasks, _, units = (argument for argument in plan[-3:] if isinstance(argument, int))
-            counts.append(tasks * units * self.artifact.kernel.granule * spec.taps * spec.in_channels)
-        # A place outside is marked by a number that has to outweigh a pixel's (te/sampling.py).
-        if max(counts) > INT32_MAX or image >= 1 << 30:
-            raise SpecError(
-                f"{self!r} would need indices beyond 32 bits for a batch of {extents.batch} images of "
-                f"{extents.height} x {extents.width}. Split the batch or the image."
-            )
 
     def _check_out(self, arrays: NumpyArrays | TorchArrays, out: Any, shape: tuple[int, ...]) -> None:
         spec = self.spec
@@ -364,24 +196,9 @@ class Kernel:
         if isinstance(out, np.ndarray) and not out.flags.writeable:
             raise SpecError("out is read-only.")
 
-    def _plan(self, extents: Extents, pixels: int, out_width: int, count: int) -> list[Tensor | int]:
-        """Return the kernel's arguments."""
-        spec, interface = self.spec, self.artifact.kernel
-        batch, height, width = extents.batch, extents.height, extents.width
-        tiles, units = partition(pixels, interface.granule, interface.max_tile_units, batch, count)
-
-        def image(channels: int, extent: int) -> Tensor:
-            shape = (batch, channels, extent) if spec.layout == "NCHW" else (batch, extent, channels)
-            return Tensor(shape, spec.dtype)
-
-        fields_of_taps = [2, 1] if spec.mask else [2]
-        # The kernel gathers from a channels-last image as from one row of numbers.
-        flat = Tensor((batch, height * width * spec.in_channels), spec.dtype)
-        return [
-            image(spec.in_channels, height * width) if spec.layout == "NCHW" else flat,
-            *(image(spec.offset_groups * spec.taps * each, pixels) for each in fields_of_taps),
-            Tensor(interface.packed_shape, interface.packed_dtype),
-            Tensor((spec.out_channels,), spec.accumulator_dtype),
-            image(spec.out_channels, pixels),
-            *(height, width, out_width, batch * tiles, tiles, units),
-        ]
+    def _tensor(self, name: str, extents: Extents, pixels: int) -> Tensor:
+        if name == "input" and self.spec.layout == "NHWC":
+            # The kernel gathers from a channels-last image as from one row of numbers.
+            extent = extents.height * extents.width * self.spec.in_channels
+            return Tensor((extents.batch, extent), self.spec.dtype)
+        return super()._tensor(name, extents, pixels)

@@ -20,27 +20,41 @@ from pathlib import Path
 from typing import Any
 
 from tvmdcn.errors import TvmdcnError
-from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents, spec_from_json
 from tvmdcn.target import detect_target, host_identity
 
 __all__ = [
+    "DIRECTIONS",
     "MEASURES",
     "ROLES",
     "SCHEMA",
     "Measurement",
     "MeasurementError",
     "append_row",
+    "direction_of",
     "identify_machine",
     "identify_versions",
     "percentile",
     "read_rows",
 ]
 
-SCHEMA = 1
-# What was timed: one call of a prepared layer; one call of the smallest layer there is, nearly all of which
-# is overhead, from NumPy or from torch; import to first result in a new process, with the artifact built
-# before.
-MEASURES = ("call", "overhead_numpy", "overhead_torch", "first_result")
+SCHEMA = 2
+# Rows of schema 1 are read too: all are forward, and they do not say so.
+_READABLE = (1, SCHEMA)
+DIRECTIONS = ("forward", "backward")
+# What was timed: one call of a prepared layer; one call of a tiny layer, nearly all of which is overhead, of the
+# kernel with arrays of NumPy or of torch, and of what users call, which is the kernel and more; import to first
+# result in a new process, with the artifact built before.
+MEASURES = (
+    "call",
+    "overhead_numpy",
+    "overhead_torch",
+    "overhead_function",
+    "overhead_operator",
+    "overhead_module",
+    "overhead_autograd",
+    "first_result",
+)
 ROLES = ("ours", "peer", "floor")
 _STATUSES = ("ok", "failed")
 _DISTRIBUTIONS = (
@@ -58,6 +72,11 @@ class MeasurementError(TvmdcnError, ValueError):
     """A row of measurements is not what its schema says."""
 
 
+def direction_of(spec: DeformConv2dSpec) -> str:
+    """Return which of :data:`DIRECTIONS` a specification computes: the layer's output, or its gradients."""
+    return "backward" if isinstance(spec, DeformConv2dGradSpec) else "forward"
+
+
 @dataclass(frozen=True)
 class Measurement:
     """What one provider needed for one problem at one number of threads.
@@ -65,7 +84,11 @@ class Measurement:
     Parameters
     ----------
     problem : str
-        Name of the problem; `spec` and `extents` say what it is.
+        Name of the layer; `spec` and `extents` say what it is.
+    spec : DeformConv2dSpec or DeformConv2dGradSpec
+        What was computed; its kind is the row's direction.
+    extents : Extents
+        The sizes.
     provider : str
         Who computed it, such as ``ours-tuned`` or ``onnxruntime``.
     role : str
@@ -88,7 +111,8 @@ class Measurement:
         Number of timed calls.
     max_rel_error : float, optional
         Largest absolute difference from the float64 reference over the largest absolute value of the
-        reference; None where there is nothing to compare with, as for a plain convolution.
+        reference, of gradients the worst of these; None where there is nothing to compare with, as for a plain
+        convolution.
     measure : str
         One of :data:`MEASURES`.
 
@@ -160,18 +184,37 @@ class Measurement:
         _check("min_ms, p10, median_ms, p90", known, ordered, "positive and in ascending order")
 
     @property
+    def direction(self) -> str:
+        """Whether the layer's output was computed or its gradients; one of :data:`DIRECTIONS`."""
+        return direction_of(self.spec)
+
+    @property
+    def layer(self) -> DeformConv2dSpec:
+        """The layer, of its gradients too."""
+        return self.spec.layer if isinstance(self.spec, DeformConv2dGradSpec) else self.spec
+
+    @property
+    def title(self) -> str:
+        """The name of the layer, with the direction if it is backward."""
+        return self.problem if self.direction == DIRECTIONS[0] else f"{self.problem} {self.direction}"
+
+    @property
     def operations(self) -> int:
-        """Operations of one call, two per multiply-add, sampling not counted."""
+        """Operations of one call, two per multiply-add, sampling not counted.
+
+        All gradients take twice the layer's: one product for those of input, offset and mask, one for the weight's.
+        """
         return self.spec.flops(self.extents)
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as a dict of JSON types."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"schema": SCHEMA, **values, "spec": self.spec.to_json(), "extents": asdict(self.extents)}
+        values |= {"spec": self.spec.to_json(), "extents": asdict(self.extents)}
+        return {"schema": SCHEMA, "direction": self.direction, **values}
 
     @classmethod
     def from_json(cls, data: Any) -> Measurement:
-        """Return the row that :meth:`to_json` wrote.
+        """Return the row that :meth:`to_json` wrote, of this version or an earlier one.
 
         Raises
         ------
@@ -180,22 +223,27 @@ class Measurement:
         """
         if not isinstance(data, Mapping):
             raise MeasurementError(f"a row must be a JSON object, got {type(data).__name__}.")
-        if data.get("schema") != SCHEMA:
-            found = data.get("schema")
-            raise MeasurementError(f"schema must be {SCHEMA}, got {found!r}: measure again with this version.")
-        expected = {"schema", *(field.name for field in fields(cls))}
+        schema = data.get("schema")
+        if type(schema) is not int or schema not in _READABLE:
+            allowed = " or ".join(map(str, _READABLE))
+            raise MeasurementError(f"schema must be {allowed}, got {schema!r}: measure again with this version.")
+        written = {"schema"} if schema == 1 else {"schema", "direction"}
+        expected = {*written, *(field.name for field in fields(cls))}
         if set(data) != expected:
             missing = ", ".join(sorted(expected - set(data))) or "none"
             unknown = ", ".join(sorted(map(str, set(data) - expected))) or "none"
             raise MeasurementError(f"a row has other keys than it should: missing {missing}; unknown {unknown}.")
-        values = {name: value for name, value in data.items() if name != "schema"}
+        values = {name: value for name, value in data.items() if name not in written}
         try:
-            values["spec"] = DeformConv2dSpec.from_json(values["spec"])
+            values["spec"] = (DeformConv2dSpec.from_json if schema == 1 else spec_from_json)(values["spec"])
             values["extents"] = Extents(**values["extents"])
             values["spec"].output_size(values["extents"].height, values["extents"].width)
         except (TvmdcnError, TypeError) as error:
             raise MeasurementError(f"the row describes no layer: {error}") from error
-        return cls(**values)
+        row = cls(**values)
+        direction = data.get("direction", row.direction)
+        _check("direction", direction, direction == row.direction, f"{row.direction}, as the operator in spec says")
+        return row
 
 
 def _check(name: str, value: Any, valid: bool, expected: str) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tvmdcn.problems import Problem, problem_text
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.validation import shown
 
-__all__ = ["load_model", "parse_input", "problems_of_model"]
+__all__ = ["load_model", "names_of", "parse_input", "problems_of_model"]
 
 
 def load_model(text: str) -> Any:
@@ -80,9 +80,10 @@ def parse_input(text: str) -> tuple[int, ...]:
 def problems_of_model(model: Any, shapes: Sequence[tuple[int, ...]]) -> list[Problem]:
     """Run a model once and return its deformable convolutions, each signature and size once.
 
-    Calls of ``tvmdcn.deform_conv2d`` and of ``torchvision.ops.deform_conv2d`` are seen, whatever module makes
-    them; they are answered with zeros, so nothing is built for this. A problem's name is its description,
-    which other commands understand.
+    Calls of ``tvmdcn.deform_conv2d``, of ``torchvision.ops.deform_conv2d`` and of the functions of mmcv and
+    detectron2 are seen, whatever module makes them: so also those of tvmdcn's layers and of theirs. They are
+    answered with zeros, so nothing is built for this. A problem's name is its description, which other commands
+    understand.
 
     Parameters
     ----------
@@ -108,6 +109,7 @@ def problems_of_model(model: Any, shapes: Sequence[tuple[int, ...]]) -> list[Pro
         padding: Any = 0,
         dilation: Any = 1,
         mask: Any = None,
+        **_: Any,
     ) -> Any:
         last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
         spec, extents = DeformConv2dSpec.from_shapes(
@@ -128,10 +130,12 @@ def problems_of_model(model: Any, shapes: Sequence[tuple[int, ...]]) -> list[Pro
         return input.new_zeros((extents.batch, spec.out_channels, *size))
 
     training = model.training
-    saved = _call_sites()
+    forms = _operators()
+    saved = names_of(*(operator for operator, _ in forms))
     try:
-        for module, name, _ in saved:
-            setattr(module, name, record)
+        for module, name, value in saved:
+            form = next(form for operator, form in forms if operator is value)
+            setattr(module, name, form(record))
         inputs = [torch.randn(shape) for shape in shapes]
         with torch.no_grad():
             model.eval()(*inputs)
@@ -148,20 +152,66 @@ def problems_of_model(model: Any, shapes: Sequence[tuple[int, ...]]) -> list[Pro
             setattr(module, name, value)
     if not found:
         raise SpecError(
-            f"{type(model).__name__} made no call of tvmdcn.deform_conv2d or torchvision.ops.deform_conv2d."
+            f"{type(model).__name__} made no call of tvmdcn.deform_conv2d or torchvision.ops.deform_conv2d, nor of "
+            "mmcv's or detectron2's functions."
         )
     return list(found.values())
 
 
-def _call_sites() -> list[tuple[Any, str, Any]]:
-    """Return every name of a module that stands for the operator, with its value."""
-    originals = {id(tvmdcn.deform_conv2d)}
-    for name in ("torchvision.ops", "torchvision.ops.deform_conv"):
-        if name in sys.modules and hasattr(sys.modules[name], "deform_conv2d"):
-            originals.add(id(sys.modules[name].deform_conv2d))
+def names_of(*values: Any) -> list[tuple[Any, str, Any]]:
+    """Return every name of an imported module that stands for one of these objects: module, name, object."""
+    wanted = {id(value) for value in values}
     return [
         (module, name, value)
         for module in list(sys.modules.values())
         for name, value in list(getattr(module, "__dict__", {}).items())
-        if id(value) in originals
+        if id(value) in wanted
     ]
+
+
+def _operators() -> list[tuple[Any, Callable[..., Any]]]:
+    """Return the functions that compute a deformable convolution, and how to answer in the form of each."""
+    found: list[tuple[Any, Callable[..., Any]]] = [(tvmdcn.deform_conv2d, lambda record: record)]
+    for module, name, form in (
+        ("torchvision.ops", "deform_conv2d", lambda record: record),
+        ("torchvision.ops.deform_conv", "deform_conv2d", lambda record: record),
+        ("mmcv.ops.deform_conv", "deform_conv2d", _without_mask),
+        ("mmcv.ops.modulated_deform_conv", "modulated_deform_conv2d", _with_mask),
+        ("detectron2.layers.deform_conv", "deform_conv", _without_mask),
+        ("detectron2.layers.deform_conv", "modulated_deform_conv", _with_mask),
+    ):
+        operator = getattr(sys.modules.get(module), name, None)
+        if operator is not None:
+            found.append((operator, form))
+    return found
+
+
+# The two forms of mmcv and detectron2, whose last arguments (groups, deform_groups, im2col_step) follow from the
+# shapes or do not matter. mmcv converts to the dtype of the offset.
+
+
+def _without_mask(record: Callable[..., Any]) -> Callable[..., Any]:
+    def operator(
+        input: Any, offset: Any, weight: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1, *_: Any
+    ) -> Any:
+        return record(input.type_as(offset), offset, weight.type_as(offset), None, stride, padding, dilation)
+
+    return operator
+
+
+def _with_mask(record: Callable[..., Any]) -> Callable[..., Any]:
+    def operator(
+        input: Any,
+        offset: Any,
+        mask: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        *_: Any,
+    ) -> Any:
+        input, mask, weight, bias = (None if a is None else a.type_as(offset) for a in (input, mask, weight, bias))
+        return record(input, offset, weight, bias, stride, padding, dilation, mask)
+
+    return operator

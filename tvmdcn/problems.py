@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tvmdcn.errors import SpecError
-from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.tensors import Tensors, make_tensors, numpy_dtype
 from tvmdcn.validation import shown
 
@@ -31,6 +31,7 @@ __all__ = [
     "load_problem_file",
     "make_tensors",
     "numpy_dtype",
+    "of_operators",
     "parse_problem",
     "problem_text",
     "real_layer",
@@ -39,12 +40,38 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer and the size of image it is asked about."""
+    """A layer, or its gradients, and the size of image it is asked about."""
 
     name: str
     spec: DeformConv2dSpec
     extents: Extents
     source: str
+
+    @property
+    def backward(self) -> Problem:
+        """All gradients of the layer."""
+        return Problem(f"{self.name} backward", DeformConv2dGradSpec.of(self.spec), self.extents, self.source)
+
+    @property
+    def forward(self) -> Problem:
+        """The layer, of its gradients too."""
+        if not isinstance(self.spec, DeformConv2dGradSpec):
+            return self
+        return Problem(self.name.removesuffix(" backward"), self.spec.layer, self.extents, self.source)
+
+
+OPERATORS = ("deform_conv2d", "deform_conv2d_grad", "all")
+"""What commands may be asked to do with the layers they are given."""
+
+
+def of_operators(problems: Iterable[Problem], operator: str) -> list[Problem]:
+    """Return the problems of one operator, or each as it is and then backward, for a list of layers."""
+    return [
+        asked
+        for problem in problems
+        for name, asked in ((OPERATORS[0], problem), (OPERATORS[1], problem.backward))
+        if operator in (name, "all")
+    ]
 
 
 def _table(*rows: tuple[str, tuple[int, int, int, int, int], dict[str, Any], str]) -> dict[str, Problem]:

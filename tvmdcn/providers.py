@@ -5,12 +5,12 @@ Each provider is prepared as a user who infers with it would: weights constant o
 compiled, outputs in place where the library allows it. Tensors come in the order of the specification's
 layout; those who know NCHW only get a copy in that order beforehand, so no conversion is timed. The functions
 named in :data:`PROVIDERS` run in worker processes (:mod:`tvmdcn.bench_worker`) and import what they need
-there.
+there. Those of gradients are in :mod:`tvmdcn.providers_backward`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -20,28 +20,46 @@ import numpy as np
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.tensors import Tensors
 
-__all__ = ["PROVIDERS", "Prepared", "Provider", "Unsupported", "default_providers"]
+__all__ = [
+    "PROVIDERS",
+    "BackwardTensors",
+    "Prepared",
+    "Provider",
+    "Unsupported",
+    "default_providers",
+    "from_nchw",
+    "to_nchw",
+    "torch_tensor",
+]
 
 
 class Unsupported(Exception):  # noqa: N818 - an answer, not a failure of the benchmark
     """The provider cannot compute this problem; the message says why."""
 
 
+@dataclass
+class BackwardTensors(Tensors):
+    """The arrays of one call and of its backward: `grad_output` as the others."""
+
+    grad_output: np.ndarray
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """A layer ready to be called.
+    """A layer, or its gradients, ready to be called.
 
     Parameters
     ----------
     call : callable
         Computes once; what it returns goes to `output`, and nowhere else.
     output : callable, optional
-        Turns the result into a NumPy array in the order of the specification's layout. None where there is no
-        deformable convolution to compare: a plain one.
+        Turns the result into a NumPy array in the order of the specification's layout; of gradients into a
+        dict of them, by the names of the specification's outputs. None where there is no deformable convolution
+        to compare: a plain one.
     """
 
     call: Callable[[], Any]
-    output: Callable[[Any], np.ndarray] | None
+    output: Callable[[Any], np.ndarray | Mapping[str, np.ndarray]] | None
 
 
 @dataclass(frozen=True)
@@ -54,9 +72,10 @@ class Provider:
         As in rows and reports.
     role : str
         ``ours``, ``peer`` or ``floor``, see :class:`~tvmdcn.measurement.Measurement`.
-    source : str
-        ``module:function`` or ``path/to/file.py:function``; the function takes (spec, extents, tensors,
-        threads, schedule) and returns :class:`Prepared`, or raises :class:`Unsupported`.
+    source : str, optional
+        ``module:function`` or ``path/to/file.py:function`` for the forward; the function takes (spec, extents,
+        tensors, threads, schedule) and returns :class:`Prepared`, or raises :class:`Unsupported`. None if it is
+        not to be measured.
     package : str, optional
         The module without which it cannot run.
     schedule : str, optional
@@ -64,34 +83,68 @@ class Provider:
     optional : bool
         Left out by default where `package` is missing; others then give a failed row, for a comparison that
         lacks a strong peer must show it.
+    backward : str, optional
+        As `source` for all gradients of a layer, the tensors being :class:`BackwardTensors`. None if it has none.
+    measure : str
+        What a call is, see :data:`tvmdcn.measurement.MEASURES`.
+    python : str, optional
+        The interpreter of its process, for a package that has an environment of its own; NumPy must be in it.
     """
 
     name: str
     role: str
-    source: str
+    source: str | None
     package: str | None = None
     schedule: str | None = None
     optional: bool = False
+    backward: str | None = None
+    measure: str = "call"
+    python: str | None = None
 
     @property
     def installed(self) -> bool:
-        """Whether the package it needs can be imported."""
-        return self.package is None or find_spec(self.package) is not None
+        """Whether the package it needs can be imported; in another environment that shows when it is."""
+        return self.python is not None or self.package is None or find_spec(self.package) is not None
+
+    def source_of(self, direction: str) -> str | None:
+        """Return the function for the forward or the backward; None if it has none."""
+        return {"forward": self.source, "backward": self.backward}[direction]
 
 
 def _table(*providers: Provider) -> dict[str, Provider]:
     return {provider.name: provider for provider in providers}
 
 
+_HERE, _BACKWARD = "tvmdcn.providers", "tvmdcn.providers_backward"
+
 PROVIDERS = _table(
-    Provider("ours-tuned", "ours", "tvmdcn.providers:prepare_ours", schedule="tuned"),
-    Provider("ours-default", "ours", "tvmdcn.providers:prepare_ours", schedule="default"),
-    Provider("ours-naive", "ours", "tvmdcn.providers:prepare_ours", schedule="naive"),
-    Provider("onnxruntime", "peer", "tvmdcn.providers:prepare_onnxruntime", "onnxruntime"),
-    Provider("openvino", "peer", "tvmdcn.providers:prepare_openvino", "openvino"),
-    Provider("torchvision", "peer", "tvmdcn.providers:prepare_torchvision", "torchvision", optional=True),
-    Provider("conv2d-nchw", "floor", "tvmdcn.providers:prepare_conv2d", "torch", "contiguous_format"),
-    Provider("conv2d-channels-last", "floor", "tvmdcn.providers:prepare_conv2d", "torch", "channels_last"),
+    *(
+        Provider(
+            f"ours-{schedule}",
+            "ours",
+            f"{_HERE}:prepare_ours",
+            schedule=schedule,
+            backward=f"{_BACKWARD}:prepare_ours",
+        )
+        for schedule in ("tuned", "default", "naive")
+    ),
+    Provider("onnxruntime", "peer", f"{_HERE}:prepare_onnxruntime", "onnxruntime"),
+    Provider("openvino", "peer", f"{_HERE}:prepare_openvino", "openvino"),
+    Provider(
+        "torchvision",
+        "peer",
+        f"{_HERE}:prepare_torchvision",
+        "torchvision",
+        optional=True,
+        backward=f"{_BACKWARD}:prepare_torchvision",
+    ),
+    Provider("torch-grid-sample", "peer", None, "torch", backward=f"{_BACKWARD}:prepare_grid_sample"),
+    *(
+        Provider(
+            name, "floor", f"{_HERE}:prepare_conv2d", "torch", memory_format, backward=f"{_BACKWARD}:prepare_conv2d"
+        )
+        for name, memory_format in (("conv2d-nchw", "contiguous_format"), ("conv2d-channels-last", "channels_last"))
+    ),
 )
 
 
@@ -100,14 +153,15 @@ def default_providers() -> list[Provider]:
     return [provider for provider in PROVIDERS.values() if provider.installed or not provider.optional]
 
 
-def _nchw(array: np.ndarray | None, spec: DeformConv2dSpec) -> Any:
+def to_nchw(array: np.ndarray | None, spec: DeformConv2dSpec) -> Any:
     """Return a tensor of the problem as a contiguous NCHW array (None stays None)."""
     if array is None or spec.layout == "NCHW":
         return array
     return np.ascontiguousarray(array.transpose(0, 3, 1, 2))
 
 
-def _from_nchw(array: np.ndarray, spec: DeformConv2dSpec) -> np.ndarray:
+def from_nchw(array: np.ndarray, spec: DeformConv2dSpec) -> np.ndarray:
+    """Return an NCHW array in the order of the layout."""
     return array if spec.layout == "NCHW" else array.transpose(0, 2, 3, 1)
 
 
@@ -144,12 +198,12 @@ def prepare_ours_torch(
     def image(array: np.ndarray | None) -> Any:
         """Return a tensor in the order of NCHW over the array's memory: channels last where that is NHWC."""
         if array is None or spec.layout == "NCHW":
-            return None if array is None else _torch_tensor(array, spec)
-        return _torch_tensor(array, spec).permute(0, 3, 1, 2)
+            return None if array is None else torch_tensor(array, spec)
+        return torch_tensor(array, spec).permute(0, 3, 1, 2)
 
     out = image(np.empty(spec.output_shape(extents), tensors.input.dtype))
-    bias = None if tensors.bias is None else _torch_tensor(tensors.bias, spec)
-    packed = kernel.pack(_torch_tensor(tensors.weight, spec))
+    bias = None if tensors.bias is None else torch_tensor(tensors.bias, spec)
+    packed = kernel.pack(torch_tensor(tensors.weight, spec))
     arguments = (image(tensors.input), image(tensors.offset), packed, bias, image(tensors.mask))
     return Prepared(lambda: kernel(*arguments, out=out), lambda result: _torch_output(result, spec))
 
@@ -165,9 +219,9 @@ def prepare_onnxruntime(
             f"onnxruntime {onnxruntime.__version__} has no competitive DeformConv on CPU; "
             "pip install 'onnxruntime>=1.25'."
         )
-    feeds = {"X": _nchw(tensors.input, spec), "offset": _nchw(tensors.offset, spec)}
+    feeds = {"X": to_nchw(tensors.input, spec), "offset": to_nchw(tensors.offset, spec)}
     if tensors.mask is not None:
-        feeds["mask"] = _nchw(tensors.mask, spec)
+        feeds["mask"] = to_nchw(tensors.mask, spec)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -188,7 +242,7 @@ def prepare_onnxruntime(
         session.run_with_iobinding(binding)
         return feeds  # the binding keeps their addresses only: this keeps them
 
-    return Prepared(call, lambda _: _from_nchw(out, spec))
+    return Prepared(call, lambda _: from_nchw(out, spec))
 
 
 def _onnx_model(spec: DeformConv2dSpec, feeds: dict[str, np.ndarray], weight: np.ndarray, bias: np.ndarray) -> bytes:
@@ -231,9 +285,9 @@ def prepare_openvino(
 
     if spec.dtype == "bfloat16":
         raise Unsupported("OpenVINO takes no bfloat16 NumPy arrays.")
-    arrays = [_nchw(tensors.input, spec), _nchw(tensors.offset, spec)]
+    arrays = [to_nchw(tensors.input, spec), to_nchw(tensors.offset, spec)]
     if tensors.mask is not None:
-        arrays.append(_nchw(tensors.mask, spec))
+        arrays.append(to_nchw(tensors.mask, spec))
     parameters = [opset8.parameter(array.shape, array.dtype) for array in arrays]
     product = opset8.deformable_convolution(
         parameters[0],
@@ -264,11 +318,11 @@ def prepare_openvino(
     request = compiled.create_infer_request()
     return Prepared(
         lambda: request.infer(arrays, share_inputs=True, share_outputs=True),
-        lambda result: _from_nchw(np.array(result[0]), spec),
+        lambda result: from_nchw(np.array(result[0]), spec),
     )
 
 
-def _torch_tensor(array: np.ndarray, spec: DeformConv2dSpec) -> Any:
+def torch_tensor(array: np.ndarray, spec: DeformConv2dSpec) -> Any:
     """Return a torch tensor that shares the array's memory; bfloat16 goes through its bits."""
     import torch
 
@@ -278,7 +332,7 @@ def _torch_tensor(array: np.ndarray, spec: DeformConv2dSpec) -> Any:
 
 
 def _torch_output(result: Any, spec: DeformConv2dSpec) -> np.ndarray:
-    return _from_nchw(result.double().numpy(), spec)
+    return from_nchw(result.double().numpy(), spec)
 
 
 def prepare_torchvision(
@@ -292,11 +346,11 @@ def prepare_torchvision(
         raise Unsupported(f"torchvision has no asymmetric padding, asked for {spec.padding}.")
     torch.set_num_threads(threads)
     image, offset, mask = (
-        None if array is None else _torch_tensor(_nchw(array, spec), spec)
+        None if array is None else torch_tensor(to_nchw(array, spec), spec)
         for array in (tensors.input, tensors.offset, tensors.mask)
     )
-    weight = _torch_tensor(tensors.weight, spec)
-    bias = _torch_tensor(_bias(tensors, spec), spec)
+    weight = torch_tensor(tensors.weight, spec)
+    bias = torch_tensor(_bias(tensors, spec), spec)
     geometry = (spec.stride, spec.padding[:2], spec.dilation)
 
     def call() -> Any:
@@ -318,13 +372,13 @@ def prepare_conv2d(
     torch.set_num_threads(threads)
     memory_format = getattr(torch, schedule or "contiguous_format")
     top, left, bottom, right = spec.padding
-    image = _torch_tensor(_nchw(tensors.input, spec), spec)
+    image = torch_tensor(to_nchw(tensors.input, spec), spec)
     padding: tuple[int, int] = (top, left)
     if (top, left) != (bottom, right):
         image, padding = torch.nn.functional.pad(image, (left, right, top, bottom)), (0, 0)
     image = image.contiguous(memory_format=memory_format)
-    weight = _torch_tensor(tensors.weight, spec).contiguous(memory_format=memory_format)
-    bias = _torch_tensor(_bias(tensors, spec), spec)
+    weight = torch_tensor(tensors.weight, spec).contiguous(memory_format=memory_format)
+    bias = torch_tensor(_bias(tensors, spec), spec)
 
     def call() -> Any:
         with torch.inference_mode():

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from tvmdcn.cache_key import record_roots
 from tvmdcn.errors import BuildError, RecordsError
 from tvmdcn.space import Decisions
-from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.spec import BORDERS, DeformConv2dGradSpec, DeformConv2dSpec, Extents, spec_from_json
 from tvmdcn.validation import check_int
 
 __all__ = ["META", "Found", "Record", "TuningRecords", "shipped_root", "user_root"]
@@ -57,7 +57,7 @@ class Record:
 
     Parameters
     ----------
-    spec : DeformConv2dSpec
+    spec : DeformConv2dSpec or DeformConv2dGradSpec
     extents : Extents
         Representative sizes that it was tuned on; the kernel is free in them.
     threads : int
@@ -108,7 +108,7 @@ class Record:
             If a field is missing or has an impossible value.
         """
         try:
-            spec, extents = DeformConv2dSpec.from_json(data["spec"]), Extents(**data["extents"])
+            spec, extents = spec_from_json(data["spec"]), Extents(**data["extents"])
             seconds, default = data["seconds"], data["default_seconds"]
             for value in (seconds, default):
                 if type(value) not in (int, float) or not 0 < value < math.inf:
@@ -143,8 +143,20 @@ class Found:
     exact: bool
 
 
+_ALL_GRADIENTS: dict[str, Any] = {
+    "grad_input": True,
+    "grad_offset": True,
+    "grad_weight": True,
+    "grad_bias": True,
+    "border": BORDERS[0],
+}
+
+
 def _structure(spec: DeformConv2dSpec) -> DeformConv2dSpec:
-    """Return what two signatures must share for the decisions of one to make sense for the other."""
+    """Return what two signatures must share for the decisions of one to make sense for the other.
+
+    Signatures of different operators never share it. Of the gradients, those of all may serve for some.
+    """
     return replace(
         spec,
         in_channels=spec.groups * spec.offset_groups,
@@ -153,7 +165,17 @@ def _structure(spec: DeformConv2dSpec) -> DeformConv2dSpec:
         padding=(0, 0, 0, 0),
         dilation=(1, 1),
         mask=True,
+        **(_ALL_GRADIENTS if isinstance(spec, DeformConv2dGradSpec) else {}),
     )
+
+
+def _distance(spec: DeformConv2dSpec, other: DeformConv2dSpec) -> tuple[float, int]:
+    """Return how far apart two signatures of one structure are: in channels, and in which gradients are asked for."""
+    channels = abs(math.log(other.in_channels / spec.in_channels)) + abs(
+        math.log(other.out_channels / spec.out_channels)
+    )
+    flags = () if not isinstance(spec, DeformConv2dGradSpec) else _ALL_GRADIENTS
+    return channels, sum(getattr(spec, name) != getattr(other, name) for name in flags)
 
 
 class TuningRecords:
@@ -257,16 +279,18 @@ class TuningRecords:
     def best(self, spec: DeformConv2dSpec, threads: int | None = None) -> Found | None:
         """Return the decisions for a signature: its own; else of the nearest that is built alike; else None.
 
-        Distance is that of the logarithms of input and output channels per group. Of the sizes that one
-        signature was tuned on, the largest decides: there is the most time to win.
+        Distance is that of the logarithms of input and output channels per group, then the number of gradients
+        that one asks for and the other not. Of the sizes that one signature was tuned on, the largest decides:
+        there is the most time to win.
         """
 
-        def rank(record: Record) -> tuple[float, float, int]:
-            channels = abs(math.log(record.spec.in_channels / spec.in_channels)) + abs(
-                math.log(record.spec.out_channels / spec.out_channels)
-            )
+        def rank(record: Record) -> tuple[float, int, float, int]:
             other_threads = 0.0 if threads is None else abs(math.log(record.threads / threads))
-            return channels, other_threads if threads is not None else -record.threads, -record.pixels
+            return (
+                *_distance(spec, record.spec),
+                other_threads if threads is not None else -record.threads,
+                -record.pixels,
+            )
 
         same = [record for record in self.records if record.spec == spec]
         if same:

@@ -11,7 +11,8 @@ Written from the equations and from torchvision's rules, and from nothing that t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.tensors import Tensors
 from tvmdcn.validation import shown
 
-__all__ = ["deform_conv2d_reference", "reference"]
+__all__ = ["deform_conv2d_reference", "expected_output", "reference", "sample_positions"]
 
 # Output pixels are taken in blocks of about this many sampled numbers, which bounds the memory of a call.
 _BLOCK_ELEMENTS = 1 << 20
@@ -97,7 +98,7 @@ def deform_conv2d_reference(
     output = np.empty((extents.batch, size[0] * size[1], spec.out_channels))
     # 1e300 becomes infinite in float32, and infinities in the image meet weights of 0: both are wanted.
     with np.errstate(over="ignore", invalid="ignore"):
-        rows, columns = _positions(spec, extents, offset, np.dtype(coordinate_dtype))
+        rows, columns = sample_positions(spec, extents, offset, np.dtype(coordinate_dtype))
         # [taps, groups, Cin / groups, Cout / groups]
         taps = weight.astype(np.float64).reshape(spec.groups, -1, spec.in_channels // spec.groups, spec.taps)
         taps = taps.transpose(3, 0, 2, 1)
@@ -159,7 +160,13 @@ def reference(spec: DeformConv2dSpec, tensors: Tensors, coordinate_dtype: str | 
     )
 
 
-def _positions(
+def expected_output(spec: DeformConv2dSpec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return what a kernel of `spec` has to compute from arguments by name, by the name of the output."""
+    given: dict[str, Any] = {"mask": None, "bias": None, **tensors}
+    return {"output": reference(spec, Tensors(**given))}
+
+
+def sample_positions(
     spec: DeformConv2dSpec, extents: Extents, offset: np.ndarray, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows and the columns of all samples, [N, offset_groups, taps, Ho * Wo], as float64."""

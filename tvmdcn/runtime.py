@@ -7,22 +7,59 @@ import logging
 import threading
 from collections.abc import Hashable
 from pathlib import Path
+from typing import overload
 
 from tvmdcn import cache, env
 from tvmdcn.artifact import Artifact, DamagedArtifact, find, nearest
 from tvmdcn.cache_key import CacheKey
+from tvmdcn.compiled import CompiledKernel
 from tvmdcn.errors import ArtifactMissing, BuildError, SpecError, SpecTypeError
+from tvmdcn.grad_kernel import GradKernel
 from tvmdcn.kernel import Kernel
-from tvmdcn.spec import DeformConv2dSpec
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec
 from tvmdcn.target import TargetInfo, resolve_target
 from tvmdcn.validation import shown
 
-__all__ = ["load"]
+__all__ = ["KERNELS", "load", "open_kernel"]
 
 _log = logging.getLogger(__name__)
 
-_loaded: dict[Hashable, Kernel] = {}
+KERNELS: dict[str, type[CompiledKernel]] = {kernel.operator: kernel for kernel in (Kernel, GradKernel)}
+"""How the compiled functions of an operator are called."""
+
+_loaded: dict[Hashable, CompiledKernel] = {}
 _locks: dict[Hashable, threading.RLock] = {}
+
+
+def open_kernel(artifact: Artifact, threads: int | None = None) -> CompiledKernel:
+    """Return the kernel of an artifact, of the kind of its operator.
+
+    Raises
+    ------
+    ArtifactError
+        If the artifact is refused or cannot be loaded.
+    """
+    return KERNELS[artifact.spec.operator](artifact, threads)
+
+
+@overload
+def load(  # type: ignore[overload-overlap]
+    spec: DeformConv2dGradSpec,
+    target: str | TargetInfo | None = ...,
+    schedule: str = ...,
+    threads: int | None = ...,
+    cache_dir: Path | None = ...,
+) -> GradKernel: ...
+
+
+@overload
+def load(
+    spec: DeformConv2dSpec,
+    target: str | TargetInfo | None = ...,
+    schedule: str = ...,
+    threads: int | None = ...,
+    cache_dir: Path | None = ...,
+) -> Kernel: ...
 
 
 def load(
@@ -31,12 +68,12 @@ def load(
     schedule: str = "tuned",
     threads: int | None = None,
     cache_dir: Path | None = None,
-) -> Kernel:
+) -> CompiledKernel:
     """Return the kernel of a layer: from memory, else from the cache on disk, else built (see TVMDCN_BUILD).
 
     Parameters
     ----------
-    spec : DeformConv2dSpec
+    spec : DeformConv2dSpec or DeformConv2dGradSpec
         What to compute.
     target : str or TargetInfo, optional
         This machine by default (or TVMDCN_TARGET).
@@ -46,6 +83,10 @@ def load(
         Threads of each call; see :class:`Kernel`.
     cache_dir : Path, optional
         TVMDCN_CACHE_DIR by default.
+
+    Returns
+    -------
+    Kernel or GradKernel
 
     Raises
     ------
@@ -59,11 +100,13 @@ def load(
         If the build fails.
     """
     if not isinstance(spec, DeformConv2dSpec):
-        raise SpecTypeError(f"spec must be a DeformConv2dSpec, got {shown(spec)} of type {type(spec).__name__}.")
+        raise SpecTypeError(
+            f"spec must be a DeformConv2dSpec or DeformConv2dGradSpec, got {shown(spec)} of type {type(spec).__name__}."
+        )
     if schedule not in ("tuned", "default", "naive"):
         raise SpecError(
             f"schedule must be 'tuned', 'default' or 'naive', got {shown(schedule)}. For decisions of your "
-            "own: tvmdcn.Kernel(tvmdcn.build(spec, schedule=decisions))."
+            f"own: tvmdcn.{KERNELS[spec.operator].__name__}(tvmdcn.build(spec, schedule=decisions))."
         )
     info = resolve_target(target)
     root = env.cache_dir() if cache_dir is None else Path(cache_dir).absolute()
@@ -75,7 +118,9 @@ def load(
     return kernel
 
 
-def _obtain(spec: DeformConv2dSpec, target: TargetInfo, schedule: str, threads: int | None, root: Path) -> Kernel:
+def _obtain(
+    spec: DeformConv2dSpec, target: TargetInfo, schedule: str, threads: int | None, root: Path
+) -> CompiledKernel:
     mode = env.build_mode()
     key = CacheKey.of(spec, target, schedule)
     if mode != "rebuild":
@@ -84,13 +129,13 @@ def _obtain(spec: DeformConv2dSpec, target: TargetInfo, schedule: str, threads: 
             artifact = _substitute(key, root)
         if artifact is not None:
             try:
-                return Kernel(artifact, threads)
+                return open_kernel(artifact, threads)
             except DamagedArtifact as error:
                 if mode == "never":
                     raise
                 _log.warning("%s It is built anew.", error)
-                return Kernel(_build(key, spec, target, schedule, root, artifact), threads)
-    return Kernel(_build(key, spec, target, schedule, root, None), threads)
+                return open_kernel(_build(key, spec, target, schedule, root, artifact), threads)
+    return open_kernel(_build(key, spec, target, schedule, root, None), threads)
 
 
 def _substitute(key: CacheKey, root: Path) -> Artifact:

@@ -294,9 +294,6 @@ class Search:
 
 def _entry(spec: DeformConv2dSpec, extents: Extents) -> tirx.PrimFunc:
     """Return an empty function with the signature of the layer at its representative sizes."""
-    shapes = {"x": spec.input_shape(extents), "offset": spec.offset_shape(extents)}
-    if spec.mask:
-        shapes["mask"] = spec.mask_shape(extents)
-    shapes |= {"weight": spec.weight_shape, "out": spec.output_shape(extents)}
-    buffers = [tirx.decl_buffer(shape, spec.dtype, name=name) for name, shape in shapes.items()]
+    names = (*spec.inputs, *spec.outputs)
+    buffers = [tirx.decl_buffer(spec.shape_of(name, extents), spec.dtype, name=name) for name in names]
     return tirx.PrimFunc(buffers, tirx.Evaluate(0)).with_attr("global_symbol", "main")

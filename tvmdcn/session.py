@@ -14,20 +14,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tvmdcn.cache_key import source_digest
 from tvmdcn.errors import TuningError
 from tvmdcn.history import TrialLog, TrialRow, read_log
 from tvmdcn.measurement import identify_versions
-from tvmdcn.problems import make_tensors
 from tvmdcn.records import Record, TuningRecords
 from tvmdcn.search import Candidate, Search, uninterrupted
 from tvmdcn.space import Decisions
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo, host_identity
 from tvmdcn.te import operator_of
-from tvmdcn.trial import Job, Outcome, Workers
+from tvmdcn.trial import Job, Outcome, Workers, save_inputs
 
 __all__ = ["Progress", "Session", "TuningResult"]
 
@@ -205,7 +202,9 @@ class Session:
         interrupted = False
         with tempfile.TemporaryDirectory(prefix="tvmdcn-tune-") as scratch:
             job = Job(self.spec, self.extents, self.target, self.threads, Path(scratch))
-            self._save_inputs(job)
+            operator = operator_of(self.spec)
+            tensors = operator.tensors(self.spec, self.extents)
+            save_inputs(job, tensors, operator.expected(self.spec, tensors))
             with Workers(job, builders=max(1, min(self.target.cores or 1, 8))) as workers:
                 try:
                     self._rounds(workers, time_budget)
@@ -226,14 +225,6 @@ class Session:
             path = TuningRecords.keep(root, self.target.tag, record)
         new = len(self.log.rows) - self._first_new
         return TuningResult(record, path, len(self.log.rows), new, self.failures(), interrupted)
-
-    def _save_inputs(self, job: Job) -> None:
-        tensors = make_tensors(self.spec, self.extents)
-        expected = operator_of(self.spec).reference(self.spec, tensors)
-        arrays = {k: v for k, v in vars(tensors).items() if v is not None}
-        # numpy.savez does not know bfloat16; its bits travel.
-        raw = {k: v.view("uint16") if v.dtype.itemsize == 2 else v for k, v in arrays.items()}
-        np.savez(job.directory / "inputs.npz", **raw, expected=expected)
 
     def _seeds(self) -> list[Candidate]:
         """Return what is tried first: every variant's defaults, and what is known of similar layers."""

@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tvmdcn.errors import SpecError
-from tvmdcn.validation import check_dtype, check_layout, check_shape
+from tvmdcn.validation import check_dtype, check_int, check_layout, check_shape
 
 if TYPE_CHECKING:
     from tvmdcn.spec import DeformConv2dSpec
@@ -20,6 +21,26 @@ WEIGHT_AXES = ("Cout", "Cin/groups", "kh", "kw")
 OFFSET_AXES = ("N", "offset_groups*2*kh*kw", "Ho", "Wo")
 MASK_AXES = ("N", "offset_groups*kh*kw", "Ho", "Wo")
 OUTPUT_AXES = ("N", "Cout", "Ho", "Wo")
+
+
+@dataclass(frozen=True)
+class Extents:
+    """The sizes that a kernel leaves free: batch (may be 0), input height and input width.
+
+    Raises
+    ------
+    SpecError, SpecTypeError
+        If a size is negative, an image is empty, or a size is not an integer.
+    """
+
+    batch: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        for name, minimum in (("batch", 0), ("height", 1), ("width", 1)):
+            object.__setattr__(self, name, check_int(name, getattr(self, name), minimum))
 
 
 def derive(
@@ -34,8 +55,8 @@ def derive(
     dilation: Any,
     dtype: Any,
     layout: str,
-) -> tuple[DeformConv2dSpec, tuple[int, int, int]]:
-    """Return the specification and (batch, height, width); the arguments and errors are `from_shapes`'s."""
+) -> tuple[DeformConv2dSpec, Extents]:
+    """Return the specification and the extents; the arguments and errors are `from_shapes`'s."""
     dtype, layout = check_dtype(dtype), check_layout(layout)
     batch, in_channels, height, width = check_shape("input", input, INPUT_AXES)
     out_channels, group_channels, *kernel = check_shape("weight", weight, WEIGHT_AXES)
@@ -75,7 +96,7 @@ def derive(
         if bias_size != out_channels:
             raise SpecError(f"bias must have one value per output channel, {out_channels}, got {bias_size}.")
     check_shape("output", (batch, out_channels, *size), OUTPUT_AXES)
-    return spec, (batch, height, width)
+    return spec, Extents(batch, height, width)
 
 
 def _groups(

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from tvmdcn.errors import SpecError, SpecTypeError
-from tvmdcn.shapes import WEIGHT_AXES, derive
+from tvmdcn.errors import SpecError
+from tvmdcn.shapes import WEIGHT_AXES, Extents, derive
+from tvmdcn.spec_json import parse, plain_fields
 from tvmdcn.validation import (
     check_dtype,
     check_flag,
@@ -21,32 +23,19 @@ from tvmdcn.validation import (
     check_padding,
     check_pair,
     check_shape,
+    shown,
 )
 
-__all__ = ["DeformConv2dSpec", "Extents"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["BORDERS", "DeformConv2dGradSpec", "DeformConv2dSpec", "Extents", "spec_from_json"]
+
+BORDERS = ("torchvision", "mmcv")
+"""Whose derivative of the offset counts for a sample exactly on -1: one-sided, or 0."""
 
 _SHORT_DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-
-
-@dataclass(frozen=True)
-class Extents:
-    """The sizes that a kernel leaves free: batch (may be 0), input height and input width.
-
-    Raises
-    ------
-    SpecError, SpecTypeError
-        If a size is negative, an image is empty, or a size is not an integer.
-    """
-
-    batch: int
-    height: int
-    width: int
-
-    def __post_init__(self) -> None:
-        """Check the sizes."""
-        for name, minimum in (("batch", 0), ("height", 1), ("width", 1)):
-            object.__setattr__(self, name, check_int(name, getattr(self, name), minimum))
 
 
 @dataclass(frozen=True)
@@ -206,38 +195,52 @@ class DeformConv2dSpec:
         """The weight's shape (Cout, Cin / groups, kh, kw), the same for every layout."""
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the tensors that a kernel takes, in order."""
+        return ("input", "offset", *(("mask",) if self.mask else ()), "weight", "bias")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the tensors that a kernel gives, in order."""
+        return ("output",)
+
+    def shape_of(self, name: str, extents: Extents) -> tuple[int, ...]:
+        """Return the shape of one of `inputs` or `outputs`; a gradient's is that of what it is the gradient of."""
+        name = name.removeprefix("grad_")
+        if name == "weight":
+            return self.weight_shape
+        if name == "bias":
+            return (self.out_channels,)
+        shape: tuple[int, ...] = getattr(self, f"{name}_shape")(extents)
+        return shape
+
     def flops(self, extents: Extents) -> int:
-        """Return the operations of the product, two per multiply-add: those of the plain convolution.
+        """Return the operations of the products, two per multiply-add: those of the plain convolution.
 
         Sampling is not counted, so that figures can be set beside a plain convolution's.
         """
         height, width = self.output_size(extents.height, extents.width)
         columns = self.in_channels // self.groups * self.taps
-        return 2 * extents.batch * height * width * self.out_channels * columns
+        return 2 * extents.batch * height * width * self.out_channels * columns * self._products
+
+    @property
+    def _products(self) -> int:
+        return 1
 
     def bytes_moved(self, extents: Extents) -> int:
         """Return the bytes of all tensors, each read or written once: the least traffic there can be."""
-        height, width = self.output_size(extents.height, extents.width)
-        per_pixel = self.offset_groups * self.taps * (3 if self.mask else 2) + self.out_channels
-        elements = (
-            extents.batch * (self.in_channels * extents.height * extents.width + per_pixel * height * width)
-            + self.out_channels * self.in_channels // self.groups * self.taps
-            + self.out_channels
-        )
+        elements = sum(prod(self.shape_of(name, extents)) for name in (*self.inputs, *self.outputs))
         return elements * _ITEM_BYTES[self.dtype]
 
     # --- JSON ----------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
         """Return the specification as a dict of JSON types, with the operator's name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            "operator": self.operator,
-            **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
-        }
+        return {"operator": self.operator, **plain_fields(self)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> DeformConv2dSpec:
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Return the specification that :meth:`to_json` wrote.
 
         Raises
@@ -245,22 +248,7 @@ class DeformConv2dSpec:
         SpecError, SpecTypeError
             If a key is missing or unknown, the operator is another, or a value is not what was written.
         """
-        if not isinstance(data, Mapping):
-            raise SpecTypeError(f"a specification in JSON must be an object, got {type(data).__name__}.")
-        expected = {"operator", *(field.name for field in fields(cls))}
-        if set(data) != expected:
-            missing = ", ".join(sorted(expected - set(data))) or "none"
-            unknown = ", ".join(sorted(map(str, set(data) - expected))) or "none"
-            raise SpecError(
-                f"a specification in JSON has not the keys it should: missing {missing}; unknown {unknown}."
-            )
-        if data["operator"] != cls.operator:
-            raise SpecError(f"operator must be {cls.operator!r}, got {data['operator']!r}.")
-        spec = cls(**{name: value for name, value in data.items() if name != "operator"})
-        for name, value in spec.to_json().items():
-            if value != data[name] or isinstance(value, bool) != isinstance(data[name], bool):
-                raise SpecError(f"{name} must be written as {value!r} in JSON, got {data[name]!r}.")
-        return spec
+        return parse(cls, data)
 
     # --- from the tensors of a call ------------------------------------------------------------------------
 
@@ -305,5 +293,107 @@ class DeformConv2dSpec:
         SpecError, SpecTypeError
             With the argument, its value, the limit, and what to do.
         """
-        spec, extents = derive(cls, input, offset, weight, mask, bias, stride, padding, dilation, dtype, layout)
-        return spec, Extents(*extents)
+        return derive(cls, input, offset, weight, mask, bias, stride, padding, dilation, dtype, layout)
+
+
+@dataclass(frozen=True)
+class DeformConv2dGradSpec(DeformConv2dSpec):
+    """The gradients of a deformable convolution layer, those that are asked for.
+
+    Parameters
+    ----------
+    grad_input, grad_weight, grad_bias : bool
+        Which gradients are computed.
+    grad_offset : bool
+        Whether the offset's is; for a layer with a mask the mask's goes with it.
+    border : str
+        "torchvision": the derivative by an offset is that of the four corners ``floor`` and ``floor + 1``
+        wherever a sample is at -1 or more and below the extent, so one-sided at exactly -1. "mmcv": 0 at
+        exactly -1.
+
+    Raises
+    ------
+    SpecError, SpecTypeError
+        As of :class:`DeformConv2dSpec`; also if no gradient is asked for.
+    """
+
+    operator: ClassVar[str] = "deform_conv2d_grad"
+
+    grad_input: bool = True
+    grad_offset: bool = True
+    grad_weight: bool = True
+    grad_bias: bool = True
+    border: str = "torchvision"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        asked = [check_flag(name, getattr(self, name)) for name in _GRADIENTS]
+        if not any(asked):
+            raise SpecError(f"no gradient is asked for: set one of {', '.join(_GRADIENTS)}.")
+        if self.border not in BORDERS:
+            raise SpecError(f"border must be one of {', '.join(BORDERS)}, got border={shown(self.border)}.")
+
+    @classmethod
+    def of(cls, layer: DeformConv2dSpec, **flags: Any) -> Self:
+        """Return the specification of a layer's gradients; `flags` are the fields that the layer has not."""
+        return cls(**{field.name: getattr(layer, field.name) for field in fields(DeformConv2dSpec)}, **flags)
+
+    @property
+    def layer(self) -> DeformConv2dSpec:
+        """The layer whose gradients these are."""
+        return DeformConv2dSpec(**{field.name: getattr(self, field.name) for field in fields(DeformConv2dSpec)})
+
+    @property
+    def slug(self) -> str:
+        """The layer's, the letters of the gradients asked for (i, o, w, b), and the border if it is mmcv's."""
+        letters = "".join(name.removeprefix("grad_")[0] for name in _GRADIENTS if getattr(self, name))
+        return f"{super().slug}_g{letters}" + ("" if self.border == BORDERS[0] else f".{self.border}")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the tensors that a kernel takes, in order: only what the gradients depend on."""
+        sampled = self.grad_input or self.grad_offset or self.grad_weight
+        read = {
+            "input": self.grad_offset or self.grad_weight,
+            "offset": sampled,
+            "mask": sampled and self.mask,
+            "weight": self.grad_input or self.grad_offset,
+        }
+        return ("grad_output", *(name for name, needed in read.items() if needed))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the tensors that a kernel gives, in order."""
+        given = {
+            "grad_input": self.grad_input,
+            "grad_offset": self.grad_offset,
+            "grad_mask": self.grad_offset and self.mask,
+            "grad_weight": self.grad_weight,
+            "grad_bias": self.grad_bias,
+        }
+        return tuple(name for name, asked in given.items() if asked)
+
+    @property
+    def _products(self) -> int:
+        # Of the output's gradient with the weight, for input and offset; with the columns, for the weight.
+        return (self.grad_input or self.grad_offset) + self.grad_weight
+
+
+_GRADIENTS = ("grad_input", "grad_offset", "grad_weight", "grad_bias")
+_SPECS: dict[str, type[DeformConv2dSpec]] = {spec.operator: spec for spec in (DeformConv2dSpec, DeformConv2dGradSpec)}
+
+
+def spec_from_json(data: Mapping[str, Any]) -> DeformConv2dSpec:
+    """Return the specification that `to_json` wrote, of whatever operator.
+
+    Raises
+    ------
+    SpecError, SpecTypeError
+        If there is no such operator, and as :meth:`DeformConv2dSpec.from_json`.
+    """
+    operator = data.get("operator") if isinstance(data, Mapping) else None
+    spec = _SPECS.get(operator) if isinstance(operator, str) else DeformConv2dSpec
+    if spec is None:
+        raise SpecError(f"operator must be one of {', '.join(_SPECS)}, got {shown(operator)}.")
+    return spec.from_json(data)

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tvmdcn.errors import SpecError
 from tvmdcn.spec import DeformConv2dSpec, Extents
 
-__all__ = ["Tensors", "make_tensors", "numpy_dtype"]
+__all__ = ["Gradients", "Tensors", "make_gradient_tensors", "make_layer_tensors", "make_tensors", "numpy_dtype"]
 
 
 @dataclass
@@ -23,6 +24,16 @@ class Tensors:
     weight: np.ndarray
     mask: np.ndarray | None
     bias: np.ndarray | None
+
+
+class Gradients(NamedTuple):
+    """The gradients of one call, each None if it was not asked for; each as the tensor that it belongs to."""
+
+    input: Any
+    offset: Any
+    weight: Any
+    bias: Any
+    mask: Any
 
 
 def numpy_dtype(dtype: str) -> np.dtype:
@@ -91,3 +102,16 @@ def make_tensors(
         mask=(1 / (1 + np.exp(-normal(spec.mask_shape(extents))))).astype(dtype) if spec.mask else None,
         bias=normal((spec.out_channels,)).astype(dtype),
     )
+
+
+def make_layer_tensors(spec: DeformConv2dSpec, extents: Extents, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return the arguments of a layer by name: :func:`make_tensors`'s, without what the layer has not."""
+    return {name: array for name, array in vars(make_tensors(spec, extents, seed)).items() if array is not None}
+
+
+def make_gradient_tensors(spec: DeformConv2dSpec, extents: Extents, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return the arguments of a layer's gradients by name; the gradient of the output is normal."""
+    tensors = make_layer_tensors(spec, extents, seed)
+    del tensors["bias"]
+    drawn = np.random.default_rng([seed, 1]).standard_normal(spec.output_shape(extents), dtype=np.float32)
+    return {"grad_output": drawn.astype(numpy_dtype(spec.dtype)), **tensors}

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from tvmdcn.space import Decisions
-from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.spec import DeformConv2dSpec, Extents, spec_from_json
 from tvmdcn.target import TargetInfo
+from tvmdcn.tensors import numpy_dtype
 
-__all__ = ["TOLERANCE", "Job", "Outcome", "Workers"]
+__all__ = ["TOLERANCE", "Job", "Outcome", "Workers", "save_inputs"]
 
 TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
-"""Largest error of a result that may win, relative to the largest value of the reference."""
+"""Largest error of an output that may win, relative to the largest value of the reference's."""
 
 _BURST = 0.12  # seconds of calls in a measurement, at least
 _MOST_CALLS, _FEWEST_CALLS = 200, 5
@@ -67,7 +68,7 @@ class Job:
     def from_json(cls, data: Mapping[str, Any]) -> Job:
         """Return the job that :meth:`to_json` wrote."""
         return cls(
-            DeformConv2dSpec.from_json(data["spec"]),
+            spec_from_json(data["spec"]),
             Extents(**data["extents"]),
             TargetInfo.from_json(data["target"]),
             data["threads"],
@@ -130,7 +131,7 @@ def _load(job: Job, name: str) -> Any:
     """Return the kernel of a built candidate, as a user would have it."""
     from tvmdcn.artifact import Artifact, KernelInterface
     from tvmdcn.cache_key import CacheKey
-    from tvmdcn.kernel import Kernel
+    from tvmdcn.runtime import open_kernel
 
     directory = job.directory / name
     library = directory / "kernel.so"
@@ -138,17 +139,40 @@ def _load(job: Job, name: str) -> Any:
     interface = KernelInterface.from_json(json.loads((directory / "manifest.json").read_text()))
     digest = hashlib.sha256(library.read_bytes()).hexdigest()
     key = CacheKey.of(job.spec, job.target, "default")
-    return Kernel(Artifact(directory, key, job.spec, job.target, interface, {}, "", 0.0, digest), job.threads)
+    return open_kernel(Artifact(directory, key, job.spec, job.target, interface, {}, "", 0.0, digest), job.threads)
 
 
-_INPUTS: dict[Path, Any] = {}
+_EXPECTED = "expected."  # before the name of an output in the file of inputs
+_INPUTS: dict[Path, dict[str, np.ndarray]] = {}
 
 
-def _inputs(job: Job) -> Any:
+def save_inputs(job: Job, tensors: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    """Write the arguments of all trials' calls, and the outputs that they must have, into the scratch directory."""
+    # numpy.savez does not know bfloat16; its bits travel.
+    raw: dict[str, Any] = {n: array.view("uint16") if array.itemsize == 2 else array for n, array in tensors.items()}
+    raw |= {_EXPECTED + name: array for name, array in expected.items()}
+    np.savez(job.directory / "inputs.npz", **raw)
+
+
+def _inputs(job: Job) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return what :func:`save_inputs` wrote."""
     if job.directory not in _INPUTS:
         with np.load(job.directory / "inputs.npz") as data:
             _INPUTS[job.directory] = {name: data[name] for name in data.files}
-    return _INPUTS[job.directory]
+    dtype, arrays = numpy_dtype(job.spec.dtype), _INPUTS[job.directory]
+    tensors = {name: array.view(dtype) for name, array in arrays.items() if not name.startswith(_EXPECTED)}
+    expected = {n.removeprefix(_EXPECTED): array for n, array in arrays.items() if n.startswith(_EXPECTED)}
+    return tensors, expected
+
+
+def _error(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+    """Return the largest error of the outputs, each relative to its own largest value; infinite for a NaN."""
+    worst = 0.0
+    for name, wanted in expected.items():
+        scale = float(np.abs(wanted).max()) or 1.0
+        error = float(np.abs(found[name].astype("float64") - wanted).max()) / scale
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
 
 
 def measure_trials(
@@ -161,25 +185,13 @@ def measure_trials(
     list of (times in seconds, relative error)
     """
     job = Job.from_json(job_data)
-    tensors = _inputs(job)
-    dtype = np.dtype(job.spec.dtype) if job.spec.dtype != "bfloat16" else _bfloat16()
-    give = {k: v.view(dtype) if k != "expected" and v.dtype != dtype else v for k, v in tensors.items()}
-    expected = give.pop("expected")
-    scale = float(np.abs(expected).max()) or 1.0
-    calls: list[Callable[[], None]] = []
+    tensors, expected = _inputs(job)
+    calls: list[Callable[[], Mapping[str, np.ndarray]]] = []
     results: list[tuple[list[float], float]] = []
     for name in names:
-        kernel = _load(job, name)
-        weight = kernel.pack(give["weight"])
-        out = np.full(expected.shape, np.nan).astype(dtype)
-
-        def call(kernel: Any = kernel, weight: Any = weight, out: Any = out) -> None:
-            kernel(give["input"], give["offset"], weight, give.get("bias"), give.get("mask"), out=out)
-
-        call()
-        error = float(np.abs(out.astype("float64") - expected).max()) / scale
+        call = _load(job, name).bind(tensors)
         calls.append(call)
-        results.append(([], error if math.isfinite(error) else math.inf))
+        results.append(([], _error(call(), expected)))
     for turn in range(rounds):
         # Rotated, and reversed every other time: no candidate always runs behind the same neighbour.
         order = [(turn + i) % len(calls) for i in range(len(calls))][:: 1 if turn % 2 == 0 else -1]
@@ -196,12 +208,6 @@ def measure_trials(
                 if spent > 10 * _BURST:
                     break
     return results
-
-
-def _bfloat16() -> Any:
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
 
 
 class Workers:

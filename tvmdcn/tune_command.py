@@ -14,7 +14,16 @@ import click
 
 from tvmdcn.errors import TuningError, TvmdcnError
 from tvmdcn.extras import explain, require
-from tvmdcn.problems import PROBLEMS, TEST_PROBLEMS, Problem, load_problem_file, parse_problem, problem_text
+from tvmdcn.problems import (
+    OPERATORS,
+    PROBLEMS,
+    TEST_PROBLEMS,
+    Problem,
+    load_problem_file,
+    of_operators,
+    parse_problem,
+    problem_text,
+)
 
 if TYPE_CHECKING:
     from tvmdcn.tuner import Progress, TuningResult
@@ -64,7 +73,7 @@ def _next_command(tuned: Sequence[Problem], threads: int, target: str | None, ou
             return problem.name
         return problem_text(problem.spec, problem.extents)
 
-    names = list(dict.fromkeys(map(text, tuned)))
+    names = list(dict.fromkeys(text(problem.forward) for problem in tuned))
     tag = resolve_target(target).tag
     words = [] if tag == detect_target().tag else [f"TVMDCN_TARGET={tag}"]
     words += [] if output is None else [f"TVMDCN_RECORDS={shlex.quote(str(output))}"]
@@ -171,6 +180,13 @@ def _summary(problem: Problem, result: TuningResult) -> str:
     multiple=True,
     help="Shape of an input of the model, such as 1x3x512x512; repeatable.",
 )
+@click.option(
+    "--operator",
+    type=click.Choice(OPERATORS),
+    default=OPERATORS[0],
+    show_default=True,
+    help="The layers, their gradients, or both.",
+)
 @click.option("--target", help="What to tune for; this machine by default.")
 @click.option(
     "--trials",
@@ -197,6 +213,7 @@ def tune_command(
     files: tuple[Path, ...],
     model: str | None,
     inputs: tuple[str, ...],
+    operator: str,
     target: str | None,
     trials: int,
     threads: int | None,
@@ -218,7 +235,7 @@ def tune_command(
         "seed": seed,
     }
     try:
-        chosen = _selected(problems, files, model, inputs)
+        chosen = of_operators(_selected(problems, files, model, inputs), operator)
         require("tune", "tuning")
         status = _tune_all(chosen, target, options)
     except (TvmdcnError, OSError) as error:

@@ -44,8 +44,8 @@ def tune(
 
     Parameters
     ----------
-    spec : DeformConv2dSpec
-        The layer.
+    spec : DeformConv2dSpec or DeformConv2dGradSpec
+        The layer, or its gradients.
     extents : Extents
         Representative batch, height and width; the kernel stays free in them.
     target : str or TargetInfo, optional
@@ -84,7 +84,9 @@ def tune(
         If Ctrl-C comes before anything was measured.
     """
     if not isinstance(spec, DeformConv2dSpec):
-        raise SpecTypeError(f"spec must be a DeformConv2dSpec, got {shown(spec)} of type {type(spec).__name__}.")
+        raise SpecTypeError(
+            f"spec must be a DeformConv2dSpec or DeformConv2dGradSpec, got {shown(spec)} of type {type(spec).__name__}."
+        )
     check_int("trials", trials, 1)
     count = thread_count() if threads is None else check_int("threads", threads, 1)
     if time_budget is not None and not (isinstance(time_budget, (int, float)) and 0 < time_budget < math.inf):
@@ -98,7 +100,8 @@ def tune(
     require("tune", "tuning")
     root = user_root() if records is None else Path(records)
     TuningRecords.read(root, info.tag)  # a damaged file is told now, not after the search
-    label = f"{_file_name(name or spec.slug)}-t{count}"
+    suffix = spec.operator.removeprefix(DeformConv2dSpec.operator)  # a layer and its gradients may have one name
+    label = f"{_file_name(name or spec.slug)}{suffix}-t{count}"
     folder = root / info.tag / "trials"
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -43,7 +43,8 @@ class CachedWeight:
     """A packed torch weight, and how to see that the tensor is still the one that was packed.
 
     Writing through ``tensor.data`` or a NumPy view does not raise a tensor's version (averaged weights are
-    updated so), hence a sample of the values is compared too: it notices any update of the whole tensor.
+    updated so), hence a sample of the values is compared too: it notices any update of the whole tensor. In float64
+    all values are compared: ``torch.autograd.gradcheck`` changes one at a time, so.
     """
 
     __slots__ = ("_address", "_reference", "_sample", "_strides", "_values", "_version", "packed")
@@ -55,7 +56,7 @@ class CachedWeight:
         self._address = weight.data_ptr()
         self._strides = weight.stride()
         bits = arrays.bits(weight)
-        self._sample = bits[:: max(bits.size // _SAMPLES, 1)]
+        self._sample = bits if weight.itemsize == 8 else bits[:: max(bits.size // _SAMPLES, 1)]
         self._values = self._sample.tobytes()
 
     def is_of(self, weight: Any) -> bool:

@@ -37,16 +37,17 @@ from typing import Any
 from tvmdcn.space import TILE_UNITS, UNIT_BYTES, VARIANT, Choices, design_space
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.target import TargetInfo
-from tvmdcn.te.deform_conv2d import GRANULE, is_depthwise, lanes_for
+from tvmdcn.te.deform_conv2d import lanes_for
 from tvmdcn.te.sampling import plan_blocks
+from tvmdcn.te.tiles import GRANULE, is_depthwise
 
 FUNCTION = DeformConv2dSpec.operator
-_TILE_UNITS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48]
-_ITEM = {"float32": 4, "float64": 8}
+TILE_UNIT_CHOICES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48]
+ITEM_BYTES = {"float32": 4, "float64": 8}
 
 
 def _lanes(spec: DeformConv2dSpec, target: TargetInfo) -> int:
-    return lanes_for(spec, target.vector_bits // 8 // _ITEM[spec.accumulator_dtype])
+    return lanes_for(spec, target.vector_bits // 8 // ITEM_BYTES[spec.accumulator_dtype])
 
 
 def _blocks(spec: DeformConv2dSpec, lanes: int) -> int:
@@ -60,7 +61,7 @@ def _run(spec: DeformConv2dSpec) -> int:
 
 def _column_bytes(spec: DeformConv2dSpec) -> int:
     """Return the size of the columns of one unit of pixels."""
-    return GRANULE * spec.taps * spec.in_channels * _ITEM[spec.accumulator_dtype]
+    return GRANULE * spec.taps * spec.in_channels * ITEM_BYTES[spec.accumulator_dtype]
 
 
 def variants(spec: DeformConv2dSpec, target: TargetInfo) -> list[str]:
@@ -79,7 +80,7 @@ def variants(spec: DeformConv2dSpec, target: TargetInfo) -> list[str]:
     return [f"{reduction}-{n}-{plan}" for plan in plans for n in counts for reduction in reductions]
 
 
-def _default_units(spec: DeformConv2dSpec, target: TargetInfo, chunk_bytes: int) -> int:
+def default_units(target: TargetInfo, chunk_bytes: int) -> int:
     """Return how many units of columns fit into half of the second-level cache."""
     return max(1, min(16, (target.l2_bytes or 1 << 20) // 2 // chunk_bytes))
 
@@ -131,7 +132,7 @@ def deform_conv2d(sch: Any, spec: DeformConv2dSpec, target: TargetInfo, variant:
         c0, c1 = choices.tile("channels", c, default=512, limit=1024)
         # The columns of a chunk, and the sums of all output channels.
         sampled = choices.made["taps"] * choices.made["channels"] * (spec.in_channels // spec.groups // _run(spec))
-        chunk = GRANULE * (sampled + spec.out_channels) * _ITEM[spec.accumulator_dtype]
+        chunk = GRANULE * (sampled + spec.out_channels) * ITEM_BYTES[spec.accumulator_dtype]
         sch.reorder(k0, c0, k1, r, c1)
         chunks = sch.fuse(k0, c0)
         body = sch.rfactor(chunks, 0)
@@ -155,7 +156,7 @@ def deform_conv2d(sch: Any, spec: DeformConv2dSpec, target: TargetInfo, variant:
     for loop in (i1, b1, c1):
         sch.unroll(loop)
     sch.vectorize(v)
-    units = choices.pick("tile_units", _TILE_UNITS, _default_units(spec, target, chunk))
+    units = choices.pick("tile_units", TILE_UNIT_CHOICES, default_units(target, chunk))
     sch.annotate(block("pixel_0"), TILE_UNITS, units)
     sch.annotate(block("pixel_0"), UNIT_BYTES, chunk)
     sch.parallel(t)
@@ -181,22 +182,26 @@ def _columns(
 
 def _sampling_lanes(spec: DeformConv2dSpec, target: TargetInfo) -> int:
     """Return the channels in a vector of samples: all in one offset group."""
-    return min(target.vector_bits // 8 // _ITEM[spec.accumulator_dtype], spec.in_channels // spec.offset_groups)
+    return min(target.vector_bits // 8 // ITEM_BYTES[spec.accumulator_dtype], spec.in_channels // spec.offset_groups)
 
 
 def _plan(sch: Any, block: Any, spec: DeformConv2dSpec, target: TargetInfo, at: Any, task: Any) -> None:
     """Compute the sampling plan in vectors along the pixels of a unit."""
-    # Vectors that divide a unit: with 24 lanes LLVM builds each broadcast from scalar inserts, and edvr_align takes
-    # 12.4 ms, with 8 it takes 11.7 (Zen 5, one thread, 2026-11).
-    lanes = gcd(GRANULE, target.vector_bits // 8 // _ITEM[spec.accumulator_dtype])
     for name in plan_blocks(2):
-        stage = block(name)
-        sch.compute_at(stage, at, preserve_unit_loops=True)
-        strip, lane = sch.split(sch.get_loops(stage)[-1], [None, lanes])
-        sch.unroll(strip)
-        sch.vectorize(lane)
+        place_plan_stage(sch, block(name), spec, target, at)
     for name in ("pixel_1", "pixel_0"):
         sch.compute_at(block(name), task, preserve_unit_loops=True)
+
+
+def place_plan_stage(sch: Any, stage: Any, spec: DeformConv2dSpec, target: TargetInfo, at: Any) -> None:
+    """Compute a stage of the sampling plan at a loop, in vectors along the pixels of a unit."""
+    # Vectors that divide a unit: with 24 lanes LLVM builds each broadcast from scalar inserts, and edvr_align takes
+    # 12.4 ms, with 8 it takes 11.7 (Zen 5, one thread, 2026-11).
+    lanes = gcd(GRANULE, target.vector_bits // 8 // ITEM_BYTES[spec.accumulator_dtype])
+    sch.compute_at(stage, at, preserve_unit_loops=True)
+    strip, lane = sch.split(sch.get_loops(stage)[-1], [None, lanes])
+    sch.unroll(strip)
+    sch.vectorize(lane)
 
 
 def _depthwise(sch: Any, block: Any, spec: DeformConv2dSpec, target: TargetInfo, choices: Choices, lanes: int) -> None:
@@ -215,8 +220,8 @@ def _depthwise(sch: Any, block: Any, spec: DeformConv2dSpec, target: TargetInfo,
     _plan(sch, block, spec, target, u, t)
     sch.unroll(b1)
     sch.vectorize(v)
-    plan_bytes = GRANULE * _ITEM[spec.accumulator_dtype] * (16 + spec.out_channels)
-    units = choices.pick("tile_units", _TILE_UNITS, _default_units(spec, target, plan_bytes))
+    plan_bytes = GRANULE * ITEM_BYTES[spec.accumulator_dtype] * (16 + spec.out_channels)
+    units = choices.pick("tile_units", TILE_UNIT_CHOICES, default_units(target, plan_bytes))
     sch.annotate(block("pixel_0"), TILE_UNITS, units)
     sch.annotate(block("pixel_0"), UNIT_BYTES, plan_bytes)
     sch.parallel(t)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the operators compute, in TE and TIR: the table of what exists.
 
-Adding an operator is a file here, one per kind of target in ``schedules/``, its reference, and a row below.
+Adding an operator is a file here, one per kind of target in ``schedules/``, its specification, its reference, and a
+row below; and where it is called in another way than the others, a class in :data:`tvmdcn.runtime.KERNELS`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tvmdcn.reference import reference
-from tvmdcn.spec import DeformConv2dSpec
-from tvmdcn.te import deform_conv2d
+import numpy as np
+
+from tvmdcn.reference import expected_output
+from tvmdcn.reference_grad import expected_gradients
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec
+from tvmdcn.te import deform_conv2d, deform_conv2d_grad
+from tvmdcn.tensors import make_gradient_tensors, make_layer_tensors
 
 __all__ = ["OPERATORS", "Operator", "operator_of"]
 
@@ -35,8 +40,10 @@ class Operator:
         ``packed_shape(spec, lanes)`` is the shape of the packed weight.
     lanes : callable
         ``lanes(spec, vector_lanes)`` is the number of output channels in a vector.
-    reference : callable
-        ``reference(spec, tensors)`` is the result in float64, from other code.
+    tensors : callable
+        ``tensors(spec, extents)``: made-up arguments of a call, by name, to tune and test with.
+    expected : callable
+        ``expected(spec, tensors)``: the outputs for them in float64, by name, from other code.
     granule : int
         Output pixels in a unit of work.
     """
@@ -47,7 +54,8 @@ class Operator:
     pack: Callable[..., Any]
     packed_shape: Callable[..., tuple[int, ...]]
     lanes: Callable[..., int]
-    reference: Callable[..., Any]
+    tensors: Callable[..., dict[str, np.ndarray]]
+    expected: Callable[..., dict[str, np.ndarray]]
     granule: int
 
 
@@ -61,8 +69,20 @@ OPERATORS = {
             pack=deform_conv2d.pack_weight,
             packed_shape=deform_conv2d.packed_shape,
             lanes=deform_conv2d.lanes_for,
-            reference=reference,
+            tensors=make_layer_tensors,
+            expected=expected_output,
             granule=deform_conv2d.GRANULE,
+        ),
+        Operator(
+            name=DeformConv2dGradSpec.operator,
+            spec=DeformConv2dGradSpec,
+            kernel=deform_conv2d_grad.deform_conv2d_grad,
+            pack=deform_conv2d_grad.pack_weight,
+            packed_shape=deform_conv2d_grad.packed_shape,
+            lanes=deform_conv2d_grad.lanes_for,
+            tensors=make_gradient_tensors,
+            expected=expected_gradients,
+            granule=deform_conv2d_grad.GRANULE,
         ),
     )
 }

@@ -8,26 +8,17 @@ of pixels could not be fused into the tile (the schedule cannot invert the divis
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
-from tvm.ir import Range, TensorRegion, load_json, save_json
-from tvm.s_tir.stmt import SBlock, SBlockRealize
+from tvm.ir import TensorRegion
 
-__all__ = [
-    "TOKEN",
-    "Epilogue",
-    "block_nest",
-    "declare_reads",
-    "pixel_strips",
-    "store_tile",
-    "to_channels_last",
-    "transpose_into",
-    "with_alignment",
-]
+from tvmdcn.te.nests import TOKEN, block_nest, region, sequence, serial
+from tvmdcn.te.vectors import bits_dtype, broadcast, cast_vector, from_bits, lanes_at, strips, to_bits, transpose_into
+
+__all__ = ["Blocked", "Epilogue", "copy_blocks", "from_channels_last", "store_tile", "to_channels_last"]
 
 Expr = Any
 
@@ -38,193 +29,186 @@ yolact_c3 takes 7.6 ms with four and 7.9 ms with one, edvr_align 9.5 and 9.8 (Ze
 _LEAST_SIDE = 8
 """Pixels in such a block even where the product's vectors are shorter."""
 
-TOKEN = (0, 1)
-"""Region in which the image's stage and its reader are said to meet.
 
-The schedule proves that a stage writes what the next reads; of a gather from an image of free size it cannot, and need
-not: ``channels_last`` stays a stage of its own before the tiles. So both sides declare one element, which keeps their
-order.
-"""
+@dataclass(frozen=True)
+class Blocked:
+    """How a channels-last copy of an image lies in memory: blocks of channels, each with a pixel of zeros behind.
 
+    Channel ``b*width + c`` of pixel ``p`` is element ``(b*(size + 1) + p)*pitch + c``. Channels that are sampled
+    together so lie together: the two corners of a row of a cell share a cache line (edvr_align, 8 groups of 8 channels:
+    see schedules/llvm/deform_conv2d.py).
 
-def block_nest(
-    name: str,
-    extents: Sequence[tuple[str, Expr]],
-    reads: Callable[..., list[TensorRegion]],
-    writes: Callable[..., list[TensorRegion]],
-    body: Callable[..., tirx.Stmt],
-) -> tirx.Stmt:
-    """Return loops over `extents` around one data-parallel block whose `body` is opaque to the schedule."""
-    loops = [tirx.Var(label, "int32") for label, _ in extents]
-    axes = [
-        tirx.IterVar(Range(0, extent), tirx.Var("v_" + label, "int32"), tirx.IterVar.DataPar)
-        for label, extent in extents
-    ]
-    at = [axis.var for axis in axes]
-    nest: tirx.Stmt = SBlockRealize(loops, True, SBlock(axes, reads(*at), writes(*at), name, body(*at)))
-    for loop, (_, extent) in reversed(list(zip(loops, extents, strict=True))):
-        nest = serial(loop, extent, nest)
-    return nest
-
-
-def serial(var: tirx.Var, extent: Expr, body: tirx.Stmt) -> tirx.Stmt:
-    """Return a plain loop from 0."""
-    return tirx.For(var, 0, extent, tirx.ForKind.SERIAL, body)
-
-
-def region(buffer: tirx.Buffer, *bounds: Expr | tuple[Expr, Expr]) -> TensorRegion:
-    """Return a region; a bound is an index, or a pair (begin, extent)."""
-    return tirx.BufferRegion(
-        buffer, [Range.from_min_extent(*b) if isinstance(b, tuple) else Range.from_min_extent(b, 1) for b in bounds]
-    )
-
-
-def declare_reads(stmt: tirx.Stmt, block: str, source: tirx.Buffer, bounds: Sequence[tuple[Expr, Expr]]) -> tirx.Stmt:
-    """Return `stmt` with the region that `block` reads from `source` replaced.
-
-    `bounds` is (begin, extent) for each axis of `source`. See `TOKEN` for why a gather does not describe itself.
-    """
-    if isinstance(stmt, tirx.SeqStmt):
-        return tirx.SeqStmt([declare_reads(s, block, source, bounds) for s in stmt])
-    if isinstance(stmt, tirx.For):
-        body = declare_reads(stmt.body, block, source, bounds)
-        return tirx.For(stmt.loop_var, stmt.min, stmt.extent, stmt.kind, body)
-    inner = stmt.block
-    if inner.name_hint != block:
-        return stmt
-    reads = [r for r in inner.reads if not r.source.same_as(source)] + [region(source, *bounds)]
-    declared = SBlock(inner.iter_vars, reads, inner.writes, block, inner.body, inner.init, inner.alloc_buffers)
-    return SBlockRealize(stmt.iter_values, stmt.predicate, declared)
-
-
-def vector_dtype(dtype: str, lanes: int) -> str:
-    """Return the TIR name of a vector type."""
-    return dtype if lanes == 1 else f"{dtype}x{lanes}"
-
-
-def lanes_at(first: Expr, count: int) -> Expr:
-    """Return the index of `count` consecutive elements."""
-    return first if count == 1 else tirx.Ramp(first, tirx.const(1, "int32"), count)
-
-
-def cast_vector(value: Expr, source: str, target: str, lanes: int) -> Expr:
-    """Convert a vector, where needed."""
-    return value if source == target else tirx.Cast(vector_dtype(target, lanes), value)
-
-
-def reinterpreted(value: Expr, source: str, target: str, lanes: int) -> Expr:
-    """Return the same bits as another type of the same width, where needed."""
-    return value if source == target else tirx.reinterpret(vector_dtype(target, lanes), value)
-
-
-def transpose_into(
-    rows: Sequence[Expr], dtype: str, emit: Callable[[int, Expr], tirx.Stmt], name: str = "r"
-) -> list[tirx.Stmt]:
-    """Transpose a square block held in vectors.
-
-    Parameters
+    Attributes
     ----------
-    rows : sequence of expressions
-        ``S`` vectors of ``S`` lanes, S a power of two.
-    dtype : str
-        Element type.
-    emit : callable
-        ``emit(j, vector)`` is the statement that consumes column ``j``.
-
-    Returns
-    -------
-    list of tirx.Stmt
-        ``S * log2(S)`` shuffles between the loads and the consumers: 64 for 16 x 16, a quarter of one per element.
+    blocks, width, pitch : int
+        Blocks, channels of a block, and elements between two pixels of one; those beyond `width` are zeros.
+    size : expression
+        Pixels of an image.
+    lanes : int
+        Elements in a vector.
     """
-    size = len(rows)
-    statements: list[tirx.Stmt] = []
 
-    def bind(stage: int, row: int, value: Expr) -> tirx.Var:
-        var = tirx.Var(f"{name}_{stage}_{row}", vector_dtype(dtype, size))
-        statements.append(tirx.Bind(var, value))
-        return var
+    blocks: int
+    width: int
+    pitch: int
+    size: Expr
+    lanes: int
 
-    current = [bind(0, i, row) for i, row in enumerate(rows)]
-    distance = size // 2
-    while distance:
-        following = list(current)
-        for low in range(size):
-            if low & distance:
-                continue
-            high = low + distance
-            pair = [current[low], current[high]]
-            keep = [c if not c & distance else size + c - distance for c in range(size)]
-            cross = [c + distance if not c & distance else size + c for c in range(size)]
-            following[low] = bind(distance, low, tirx.Shuffle(pair, keep))
-            following[high] = bind(distance, high, tirx.Shuffle(pair, cross))
-        current = following
-        distance //= 2
-    return statements + [emit(j, column) for j, column in enumerate(current)]
+    @property
+    def extent(self) -> Expr:
+        """The elements of an image."""
+        return self.blocks * (self.size + 1) * self.pitch
 
+    def element(self, block: Expr, pixel: Expr, channel: Expr) -> Expr:
+        """Return where a channel of a pixel lies."""
+        return (block * (self.size + 1) + pixel) * self.pitch + channel
 
-def pixel_strips(count: int, lanes: int) -> list[tuple[int, int]]:
-    """Split `count` pixels into (first, size) strips of powers of two, none longer than `lanes`."""
-    strips, first = [], 0
-    size = lanes
-    while first < count:
-        while size > count - first:
-            size //= 2
-        strips.append((first, size))
-        first += size
-    return strips
+    @property
+    def side(self) -> int:
+        """The side of the square blocks of pixels and channels that are transposed in registers."""
+        side = max(self.lanes, _LEAST_SIDE)
+        while side > self.width:
+            side //= 2
+        return side
+
+    @property
+    def strip(self) -> int:
+        """How many square blocks of one row are transposed before the next channels."""
+        # Single elements need no strips, and in a loop around them TVM's simplifier divides by zero.
+        return _STRIP if self.side > 1 else 1
 
 
-def to_channels_last(x: tirx.Buffer, image: tirx.Buffer, groups: int, dtype: str, lanes: int) -> tirx.Stmt:
-    """Return the stage ``channels_last``: each group's pixels one behind the other, then a pixel of zeros.
+def _by_squares(form: Blocked, pb: Expr, square: Callable[[Expr, Expr, Expr], tirx.Stmt]) -> tirx.Stmt:
+    """Return ``square(block, first pixel, first channel)`` for the squares of strip `pb` of all blocks.
 
-    ``image[n, (g*(size + 1) + p)*width + c] = x[n, g*width + c, p]`` for groups of `width` channels. With several
-    offset groups the channels that are sampled together so lie together: the two corners of a row of a cell share a
-    cache line (edvr_align, 8 groups of 8 channels: see schedules/llvm/deform_conv2d.py).
-
-    Square blocks; the last block of a row or column overlaps its neighbour.
+    The last square of a row or column overlaps its neighbour.
     """
+    side, width = form.side, form.width
+    g, cb, s = (tirx.Var(name, "int32") for name in ("g", "cb", "s"))
+    c0 = cb * side if width % side == 0 else tirx.min(cb * side, width - side)
+    p0 = tirx.min((pb * form.strip + s) * side, form.size - side)
+    return serial(g, form.blocks, serial(cb, -(-width // side), serial(s, form.strip, square(g, p0, c0))))
+
+
+def _by_elements(form: Blocked, element: Callable[[Expr, Expr, Expr], tirx.Stmt]) -> tirx.Stmt:
+    """Return ``element(block, pixel, channel)`` for all of an image."""
+    g, p, c = (tirx.Var(name, "int32") for name in ("h", "p", "c"))
+    return serial(g, form.blocks, serial(p, form.size, serial(c, form.width, element(g, p, c))))
+
+
+def _count_strips(form: Blocked) -> Expr:
+    return (form.size + form.strip * form.side - 1) // (form.strip * form.side)
+
+
+def _fill_zeros(form: Blocked, image: tirx.Buffer, n: Expr, dtype: str) -> tirx.Stmt:
+    """Return the stores of each block's pixel of zeros, and of the channels that fill up a block."""
+    g = tirx.Var("k", "int32")
+
+    def zeros(first: Expr, pixels: Expr, channel: int) -> tirx.Stmt:
+        p, c = tirx.Var("q", "int32"), tirx.Var("z", "int32")
+        store = tirx.BufferStore(image, tirx.const(0.0, dtype), [n, form.element(g, first + p, channel + c)])
+        return serial(p, pixels, serial(c, form.pitch - channel, store))
+
+    if form.pitch == form.width:
+        return serial(g, form.blocks, zeros(form.size, 1, 0))
+    return serial(g, form.blocks, tirx.SeqStmt([zeros(form.size, 1, 0), zeros(0, form.size, form.width)]))
+
+
+def to_channels_last(x: tirx.Buffer, image: tirx.Buffer, form: Blocked, dtype: str) -> tirx.Stmt:
+    """Return the stage ``channels_last`` from an image of planes, ``x[n, channel, pixel]``, in `dtype`."""
     batch, channels, size = x.shape
-    width = int(channels) // groups
-    # TVM lowers no shuffle of bfloat16; what is only moved can as well be an integer.
-    bits = "uint16" if dtype == "bfloat16" else dtype
-    side = max(lanes, _LEAST_SIDE)
-    while side > width:
-        side //= 2
-
-    # Single elements need no strips, and in a loop around them TVM's simplifier divides by zero.
-    strip = _STRIP if side > 1 else 1
+    side = form.side
 
     def body(n: Expr, pb: Expr) -> tirx.Stmt:
-        g, cb, s = (tirx.Var(name, "int32") for name in ("g", "cb", "s"))
-        c0 = cb * side if width % side == 0 else tirx.min(cb * side, width - side)
-        p0 = tirx.min((pb * strip + s) * side, size - side)
-        loads = [tirx.BufferLoad(x, [n, g * width + c0 + r, lanes_at(p0, side)]) for r in range(side)]
-        rows = [reinterpreted(row, dtype, bits, side) for row in loads]
+        def square(g: Expr, p0: Expr, c0: Expr) -> tirx.Stmt:
+            loads = [tirx.BufferLoad(x, [n, g * form.width + c0 + r, lanes_at(p0, side)]) for r in range(side)]
+            rows = [to_bits(row, dtype, side) for row in loads]
 
-        def emit(j: int, column: Expr) -> tirx.Stmt:
-            first = (g * (size + 1) + p0 + j) * width + c0
-            column = reinterpreted(column, bits, dtype, side)
-            return tirx.BufferStore(image, column, [n, lanes_at(first, side)])
+            def emit(j: int, column: Expr) -> tirx.Stmt:
+                column = from_bits(column, dtype, str(image.dtype), side)
+                return tirx.BufferStore(image, column, [n, lanes_at(form.element(g, p0 + j, c0), side)])
 
-        block = serial(s, strip, tirx.SeqStmt(transpose_into(rows, bits, emit, "x")))
-        blocks = serial(g, groups, serial(cb, -(-width // side), block))
-        p, c, h = (tirx.Var(name, "int32") for name in ("p", "c", "h"))
-        read = tirx.BufferLoad(x, [n, h * width + c, p])
-        small = tirx.BufferStore(image, read, [n, (h * (size + 1) + p) * width + c])
-        z, k = tirx.Var("z", "int32"), tirx.Var("k", "int32")
-        zero = tirx.BufferStore(image, tirx.const(0.0, dtype), [n, (k * (size + 1) + size) * width + z])
+            return tirx.SeqStmt(transpose_into(rows, bits_dtype(dtype), emit, "x"))
+
+        def element(g: Expr, p: Expr, c: Expr) -> tirx.Stmt:
+            value = cast_vector(tirx.BufferLoad(x, [n, g * form.width + c, p]), dtype, str(image.dtype), 1)
+            return tirx.BufferStore(image, value, [n, form.element(g, p, c)])
+
         return tirx.SeqStmt(
             [
-                tirx.IfThenElse(size >= side, blocks, serial(h, groups, serial(p, size, serial(c, width, small)))),
-                tirx.IfThenElse(pb == 0, serial(k, groups, serial(z, width, zero)), None),
+                tirx.IfThenElse(size >= side, _by_squares(form, pb, square), _by_elements(form, element)),
+                tirx.IfThenElse(pb == 0, _fill_zeros(form, image, n, str(image.dtype)), None),
             ]
         )
 
     return block_nest(
         "channels_last",
-        [("n", batch), ("p", (size + strip * side - 1) // (strip * side))],
+        [("n", batch), ("p", _count_strips(form))],
         lambda n, p: [region(x, n, (0, channels), (0, size))],
         lambda n, p: [region(image, n, TOKEN)],
+        body,
+    )
+
+
+def from_channels_last(image: tirx.Buffer, x: tirx.Buffer, form: Blocked, acc: str, dtype: str) -> tirx.Stmt:
+    """Return the stage ``grad_input`` from a blocked image in `acc` to ``x[n, channel, pixel]`` in `dtype`."""
+    batch, channels, size = x.shape
+    side = form.side
+
+    def body(n: Expr, pb: Expr) -> tirx.Stmt:
+        def square(g: Expr, p0: Expr, c0: Expr) -> tirx.Stmt:
+            def emit(j: int, column: Expr) -> tirx.Stmt:
+                value = cast_vector(column, acc, dtype, side)
+                return tirx.BufferStore(x, value, [n, g * form.width + c0 + j, lanes_at(p0, side)])
+
+            rows = [tirx.BufferLoad(image, [n, lanes_at(form.element(g, p0 + r, c0), side)]) for r in range(side)]
+            return tirx.SeqStmt(transpose_into(rows, acc, emit, "y"))
+
+        def element(g: Expr, p: Expr, c: Expr) -> tirx.Stmt:
+            value = cast_vector(tirx.BufferLoad(image, [n, form.element(g, p, c)]), acc, dtype, 1)
+            return tirx.BufferStore(x, value, [n, g * form.width + c, p])
+
+        return tirx.IfThenElse(size >= side, _by_squares(form, pb, square), _by_elements(form, element))
+
+    return block_nest(
+        "grad_input",
+        [("n", batch), ("p", _count_strips(form))],
+        lambda n, p: [region(image, n, TOKEN)],
+        lambda n, p: [region(x, n, (0, channels), (0, size))],
+        body,
+    )
+
+
+def copy_blocks(
+    name: str, source: tirx.Buffer, target: tirx.Buffer, form: Blocked, dtypes: tuple[str, str], into: bool
+) -> tirx.Stmt:
+    """Return a stage between channels-last images, ``[n, pixel, channel]``, and blocked ones.
+
+    `into`: from flat to blocked, zeros included; else back. `dtypes` are those of source and target.
+    """
+    batch, channels = source.shape[0], form.blocks * form.width
+
+    def body(n: Expr, p: Expr) -> tirx.Stmt:
+        g = tirx.Var("g", "int32")
+        moves: list[tirx.Stmt] = []
+        for first, side in strips(form.width, form.lanes):
+            plain = [n, p, lanes_at(g * form.width + first, side)]
+            blocked = [n, lanes_at(form.element(g, p, first), side)]
+            here, there = (plain, blocked) if into else (blocked, plain)
+            moves.append(tirx.BufferStore(target, cast_vector(tirx.BufferLoad(source, here), *dtypes, side), there))
+        copy = serial(g, form.blocks, sequence(moves))
+        return (
+            tirx.SeqStmt([copy, tirx.IfThenElse(p == 0, _fill_zeros(form, target, n, dtypes[1]), None)])
+            if into
+            else copy
+        )
+
+    whole = [(0, form.size), (0, channels)]
+    return block_nest(
+        name,
+        [("n", batch), ("p", form.size)],
+        lambda n, p: [region(source, n, *(whole if into else [TOKEN]))],
+        lambda n, p: [region(target, n, *([TOKEN] if into else whole))],
         body,
     )
 
@@ -280,16 +264,20 @@ def store_tile(stage: Epilogue, granule: int, acc: str, dtype: str) -> tirx.Stmt
             def emit(j: int, column: Expr) -> tirx.Stmt:
                 c = channel + v0 + j
                 add = tirx.BufferLoad(bias, [c])
-                value = column + (add if side == 1 else tirx.Broadcast(add, side))
+                value = column + broadcast(add, side)
                 return guard(v0 + j, store(c, lanes_at(first + start, side), value, side))
 
             rows = [load(start + i, lanes_at(v0, side)) for i in range(side)]
             return transpose_into(rows, acc, emit, name=f"o{start}_{v0}")
 
         if stage.nchw:
-            strips = pixel_strips(granule, lanes)
             return tirx.SeqStmt(
-                [s for first_, side in strips for v0 in range(0, lanes, side) for s in planar(first_, side, v0)]
+                [
+                    s
+                    for first_, side in strips(granule, lanes)
+                    for v0 in range(0, lanes, side)
+                    for s in planar(first_, side, v0)
+                ]
             )
         i, v = tirx.Var("i", "int32"), tirx.Var("v", "int32")
         if whole:
@@ -314,18 +302,3 @@ def store_tile(stage: Epilogue, granule: int, acc: str, dtype: str) -> tirx.Stmt
         writes,
         body,
     )
-
-
-def with_alignment(func: tirx.PrimFunc, alignments: Mapping[str, int]) -> tirx.PrimFunc:
-    """Return `func` with another alignment, in bytes, promised for the data of its buffer parameters.
-
-    TE promises 64 for all, and the code generator then emits aligned loads that fault on a NumPy array.
-    """
-    graph = json.loads(save_json(func))
-    nodes = graph["nodes"]
-    for index in nodes[nodes[graph["root_index"]]["data"]["params"]]["data"]:
-        param = nodes[index]["data"]
-        name, kind = nodes[param["name"]]["data"], nodes[param["ty"]]
-        if kind["type"] == "tirx.BufferType" and name in alignments:
-            kind["data"]["data_alignment"] = alignments[name]
-    return load_json(json.dumps(graph))

@@ -20,7 +20,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-__all__ = ["Plan", "interpolate", "plan_blocks", "sampling_plan"]
+__all__ = ["Plan", "derivatives", "interpolate", "plan_blocks", "sampling_plan"]
 
 Expr = Any
 """A TIR expression."""
@@ -48,6 +48,8 @@ class Plan:
         One per corner: where the corner's channels begin in the flat image.
     weights : tuple of te.Tensor
         One per corner: the interpolation weight times the modulation mask.
+    fractions : tuple of te.Tensor
+        One per spatial axis: how far a sample lies from its low corner to its high one.
     dtype : str
         Type of the weights.
     zero_pixel : bool
@@ -56,6 +58,7 @@ class Plan:
 
     indices: tuple[te.Tensor, ...]
     weights: tuple[te.Tensor, ...]
+    fractions: tuple[te.Tensor, ...]
     dtype: str
     zero_pixel: bool
 
@@ -68,6 +71,7 @@ def sampling_plan(
     dtype: str,
     modulation: Callable[..., Expr] | None = None,
     zero_pixel: Expr | None = None,
+    border_inside: bool = False,
 ) -> Plan:
     """Describe which corners each sample reads, and with which weights.
 
@@ -87,6 +91,9 @@ def sampling_plan(
         ``modulation(*index)``, the mask of DCNv2 in `dtype`. Absent: ones (DCNv1).
     zero_pixel : expression, optional
         Number of a pixel that holds zeros, where the image has one.
+    border_inside : bool
+        Whether a sample at exactly -1 has its high corner inside. Its value is 0 either way, but its derivative then is
+        the one-sided one (torchvision) instead of 0 (mmcv).
 
     Returns
     -------
@@ -108,7 +115,8 @@ def sampling_plan(
 
         def clamped(*i: Expr) -> Expr:
             p = position(axis, *i)
-            return tirx.Select(tirx.all(p > tirx.const(-1.0, dtype), p < far), p, far)
+            border = tirx.const(-1.0, dtype)
+            return tirx.Select(tirx.all(p >= border if border_inside else p > border, p < far), p, far)
 
         return clamped
 
@@ -156,6 +164,7 @@ def sampling_plan(
     return Plan(
         tuple(stage(f"index_{name}", corner_index(bits)) for name, bits in corners),
         tuple(stage(f"weight_{name}", corner_weight(bits)) for name, bits in corners),
+        tuple(fractions),
         dtype,
         zero_pixel is not None,
     )
@@ -182,3 +191,43 @@ def interpolate(plan: Plan, at: Sequence[Expr], read: Callable[[Expr], Expr]) ->
         term = weight(*at) * value
         total = term if total is None else total + term
     return total
+
+
+def derivatives(fractions: Sequence[Expr], sums: Sequence[Expr], one: Expr) -> list[Expr]:
+    """Return the derivatives of a loss with respect to a sample's modulation, and to its place along each axis.
+
+    A sample is ``modulation * sum over corners of share * image[corner]``, with shares that are products over the axes
+    of ``fraction`` (high corner) or ``1 - fraction`` (low). What is left to do is the sum over channels, in `sums`.
+
+    Parameters
+    ----------
+    fractions : sequence of expressions
+        How far the sample lies from its low corner to its high one, on each axis. Vectors, to do several samples.
+    sums : sequence of expressions
+        For each corner, the sum over channels of the loss's derivative by the sample's channel times the image's
+        element at the corner; 0 outside.
+    one : expression
+        1 in the type of the others.
+
+    Returns
+    -------
+    list of expressions
+        The derivative by the modulation, then those by the place on each axis *before* modulation (times the mask, they
+        are the gradient of the offset).
+    """
+    axes = range(len(fractions))
+    corners = list(product((0, 1), repeat=len(axes)))
+
+    def total(skipped: int | None) -> Expr:
+        result: Expr | None = None
+        for bits, value in zip(corners, sums, strict=True):
+            for axis in axes:
+                if axis != skipped:
+                    value = value * (fractions[axis] if bits[axis] else one - fractions[axis])
+            if result is None:
+                result = value if skipped is None or bits[skipped] else -value
+            else:
+                result = result + value if skipped is None or bits[skipped] else result - value
+        return result
+
+    return [total(None), *(total(axis) for axis in axes)]

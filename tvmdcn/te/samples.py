@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stage of the gradients that walks over the corners of samples, and the one that puts its sums in their place.
+
+Each corner of the image is read once, and does all it is needed for: it is multiplied with the column gradient for
+offset and mask, becomes part of the sample for the weight, and gets its share of the column gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+from tvm import te, tirx
+
+from tvmdcn.spec import DeformConv2dGradSpec
+from tvmdcn.te.channel_blocks import ChannelBlocks
+from tvmdcn.te.nests import TOKEN, block_nest, region, sequence, serial
+from tvmdcn.te.sampling import derivatives
+from tvmdcn.te.tiles import GRANULE, ITEM_BYTES, Tiles
+from tvmdcn.te.vectors import broadcast, cast_vector, lanes_at, strips, sum_lanes, vector_dtype
+
+__all__ = ["part_buffers", "samples_stage", "store_places"]
+
+Expr = Any
+
+_CORNERS = ["".join(map(str, bits)) for bits in product((0, 1), repeat=2)]
+_PARTS = ("mask_part", "place_0_part", "place_1_part")
+
+
+def part_buffers(spec: DeformConv2dGradSpec, tiles: Tiles, blocks: ChannelBlocks) -> dict[str, tirx.Buffer]:
+    """Return where each block of channels puts its sums for the gradients of mask and place: [N, block, tap, pixel]."""
+    if not spec.grad_offset:
+        return {}
+    shape = (tiles.batch, blocks.count, spec.taps, tiles.pixels)
+    names = _PARTS if spec.mask else _PARTS[1:]
+    return {name: tirx.decl_buffer(shape, spec.accumulator_dtype, name=name) for name in names}
+
+
+class _Samples:
+    """The code for one tap of one unit and block of channels."""
+
+    def __init__(
+        self,
+        spec: DeformConv2dGradSpec,
+        tiles: Tiles,
+        blocks: ChannelBlocks,
+        buffers: Mapping[str, tirx.Buffer],
+        parts: Mapping[str, tirx.Buffer],
+    ) -> None:
+        self.spec, self.tiles, self.blocks, self.buffers, self.parts = spec, tiles, blocks, buffers, parts
+        self.acc, self.lanes = spec.accumulator_dtype, blocks.lanes
+        # Sums over channels, still one per lane.
+        self.scratch = tirx.decl_buffer((len(_CORNERS), GRANULE, self.lanes), self.acc, name="lane_sums")
+
+    def body(self, c: Expr, t: Expr, u: Expr, k: Expr) -> tirx.Stmt:
+        """Return the walk over the pixels, then the sums."""
+        i = tirx.Var("i", "int32")
+        stages = [serial(i, GRANULE, sequence(self._pixel(c, t, u, k, i)))]
+        if self.spec.grad_offset:
+            stages += self._sums(c, t, u, k)
+        return sequence(stages)
+
+    def _pixel(self, c: Expr, t: Expr, u: Expr, k: Expr, i: Expr) -> list[tirx.Stmt]:
+        spec, lanes, acc, buffers = self.spec, self.lanes, self.acc, self.buffers
+        n, at = t // self.tiles.tiles, [c // self.blocks.of_offset_group, k, t, u, i]
+        base = c * ((self.tiles.size + 1) * self.blocks.pitch)
+        vector = vector_dtype(acc, lanes)
+        code: list[tirx.Stmt] = []
+
+        def bind(name: str, value: Expr, dtype: str) -> Expr:
+            var = tirx.Var(name, dtype)
+            code.append(tirx.Bind(var, value))
+            return var
+
+        index = [bind(f"at_{name}", base + tirx.BufferLoad(buffers[f"index_{name}"], at), "int32") for name in _CORNERS]
+        share = []
+        if spec.grad_input or spec.grad_weight:
+            share = [
+                broadcast(bind(f"share_{name}", tirx.BufferLoad(buffers[f"weight_{name}"], at), acc), lanes)
+                for name in _CORNERS
+            ]
+        sums: list[Expr] = []
+        once: list[tirx.Stmt] = []  # not for pixels that an earlier unit has done
+        again: list[tirx.Stmt] = []
+        for b in range(self.blocks.vectors):
+            places = [[n, lanes_at(first + b * lanes, lanes)] for first in index]
+            here = [c, t, u, k, i, b, lanes_at(0, lanes)]
+            corners, gradient = [], None
+            if spec.grad_input or spec.grad_offset:
+                gradient = bind(f"gradient_{b}", tirx.BufferLoad(buffers["grad_columns"], here), vector)
+            if spec.grad_offset or spec.grad_weight:
+                corners = [
+                    bind(f"corner_{name}_{b}", tirx.BufferLoad(buffers["image"], place), vector)
+                    for name, place in zip(_CORNERS, places, strict=True)
+                ]
+            if spec.grad_offset:
+                terms = [gradient * corner for corner in corners]
+                terms = [old + term for old, term in zip(sums, terms, strict=True)] if sums else terms
+                sums = [bind(f"sum_{name}_{b}", term, vector) for name, term in zip(_CORNERS, terms, strict=True)]
+            if spec.grad_weight:
+                sample = corners[0] * share[0]
+                for corner, weight in zip(corners[1:], share[1:], strict=True):
+                    sample = sample + corner * weight
+                once.append(tirx.BufferStore(buffers["columns"], sample, here))
+                again.append(tirx.BufferStore(buffers["columns"], broadcast(tirx.const(0.0, acc), lanes), here))
+            if spec.grad_input:
+                for place, weight in zip(places, share, strict=True):
+                    old = tirx.BufferLoad(buffers["grad_image"], place)
+                    once.append(tirx.BufferStore(buffers["grad_image"], old + weight * gradient, place))
+        for j, value in enumerate(sums):
+            code.append(tirx.BufferStore(self.scratch, value, [j, i, lanes_at(0, lanes)]))
+        if once:
+            fresh = i >= self.tiles.repeated(t, u)
+            code.append(tirx.IfThenElse(fresh, sequence(once), sequence(again) if again else None))
+        return code
+
+    def _sums(self, c: Expr, t: Expr, u: Expr, k: Expr) -> list[tirx.Stmt]:
+        """Return the code that adds up the lanes, and makes derivatives of the sums; vectors along pixels."""
+        buffers, lanes, acc = self.buffers, self.lanes, self.acc
+        # Through memory: TVM would see a bounded region of the parts, and shift them by its (wrong) begin.
+        row, column = (tirx.BufferLoad(buffers[f"pixel_{axis}"], [t, u, 0]) for axis in (0, 1))
+        first_pixel = row * self.tiles.out_width + column
+        code: list[tirx.Stmt] = []
+        for first, side in strips(GRANULE, lanes):
+            totals = []
+            for j in range(len(_CORNERS)):
+                rows = [tirx.BufferLoad(self.scratch, [j, first + r, lanes_at(0, lanes)]) for r in range(side)]
+                binds, total = sum_lanes(rows, acc, lanes, f"f{first}_{j}")
+                code += binds
+                totals.append(total)
+            at = [c // self.blocks.of_offset_group, k, t, u, lanes_at(first, side)]
+            fractions = [tirx.BufferLoad(buffers[f"fraction_{axis}"], at) for axis in (0, 1)]
+            found = derivatives(fractions, totals, broadcast(tirx.const(1.0, acc), side))
+            place = [t // self.tiles.tiles, c, k, lanes_at(first_pixel + first, side)]
+            for name, value in zip(_PARTS, found, strict=True):
+                if name in self.parts:
+                    code.append(tirx.BufferStore(self.parts[name], value, place))
+        return code
+
+    def reads(self, c: Expr, t: Expr, u: Expr, k: Expr) -> list[Any]:
+        """Return the regions read."""
+        spec, buffers = self.spec, self.buffers
+        names = [f"index_{name}" for name in _CORNERS]
+        if spec.grad_input or spec.grad_weight:
+            names += [f"weight_{name}" for name in _CORNERS]
+        if spec.grad_offset:
+            names += ["fraction_0", "fraction_1"]
+        group = c // self.blocks.of_offset_group
+        found = [region(buffers[name], group, k, t, u, (0, GRANULE)) for name in names]
+        if spec.grad_offset:
+            found += [region(buffers[f"pixel_{axis}"], t, u, 0) for axis in (0, 1)]
+        if spec.grad_input or spec.grad_offset:
+            vectors = (0, self.blocks.vectors), (0, self.lanes)
+            found.append(region(buffers["grad_columns"], c, t, u, k, (0, GRANULE), *vectors))
+        if spec.grad_offset or spec.grad_weight:
+            found.append(region(buffers["image"], (0, self.tiles.batch), TOKEN))
+        return found
+
+    def writes(self, c: Expr, t: Expr, u: Expr, k: Expr) -> list[Any]:
+        """Return the regions written; of what is added to, or lies scattered, a token."""
+        found = [region(part, *[TOKEN] * 4) for part in self.parts.values()]
+        if self.spec.grad_input:
+            found.append(region(self.buffers["grad_image"], t // self.tiles.tiles, TOKEN))
+        if self.spec.grad_weight:
+            vectors = (0, self.blocks.vectors), (0, self.lanes)
+            found.append(region(self.buffers["columns"], c, t, u, k, (0, GRANULE), *vectors))
+        return found
+
+
+def samples_stage(
+    spec: DeformConv2dGradSpec,
+    tiles: Tiles,
+    blocks: ChannelBlocks,
+    buffers: Mapping[str, tirx.Buffer],
+    parts: Mapping[str, tirx.Buffer],
+) -> tirx.Stmt:
+    """Return the stage ``samples``, one tap of one unit and block of channels at a time.
+
+    Parameters
+    ----------
+    spec : DeformConv2dGradSpec
+    tiles : Tiles
+    blocks : ChannelBlocks
+    buffers : mapping of str to Buffer
+        The sampling plan, ``grad_columns``, ``image``, ``grad_image`` and ``columns``, as far as they are needed.
+    parts : mapping of str to Buffer
+        See `part_buffers`.
+    """
+    code = _Samples(spec, tiles, blocks, buffers, parts)
+    extents = [("c", blocks.count), ("t", tiles.tasks), ("u", tiles.tile_units), ("k", spec.taps)]
+    scratch = [code.scratch] if spec.grad_offset else []
+    return block_nest("samples", extents, code.reads, code.writes, code.body, scratch)
+
+
+def store_places(
+    spec: DeformConv2dGradSpec,
+    tiles: Tiles,
+    blocks: ChannelBlocks,
+    mask: tirx.Buffer | None,
+    parts: Mapping[str, tirx.Buffer],
+    lanes: int,
+) -> tuple[dict[str, tirx.Buffer], tirx.Stmt]:
+    """Return ``grad_offset`` and ``grad_mask``, and the stage that adds up for them what the blocks found."""
+    acc, taps, count = spec.accumulator_dtype, spec.taps, blocks.of_offset_group
+    results = {
+        name: tirx.decl_buffer(
+            tiles.plane(each * spec.offset_groups * taps, tiles.pixels),
+            spec.dtype,
+            name=name,
+            data_alignment=ITEM_BYTES[spec.dtype],
+        )
+        for name, each in (("grad_offset", 2), ("grad_mask", 1))
+        if name in spec.outputs
+    }
+
+    def first_pixel(q: Expr) -> Expr:
+        return te.min(q * GRANULE, tiles.pixels - GRANULE)
+
+    def pixels_of(buffer: tirx.Buffer, n: Expr, channels: Any, q: Expr) -> Any:
+        return region(buffer, *tiles.index(n, channels, (first_pixel(q), GRANULE)))
+
+    def body(n: Expr, q: Expr, o: Expr, k: Expr) -> tirx.Stmt:
+        stores = []
+        for name, part in parts.items():
+            channel = (o * taps + k) * 2 + int(name[6]) if name != "mask_part" else o * taps + k
+            target = results["grad_mask" if name == "mask_part" else "grad_offset"]
+            for start, side in strips(GRANULE, lanes if tiles.nchw else 1):
+                place = lanes_at(first_pixel(q) + start, side)
+                value = tirx.BufferLoad(part, [n, o * count, k, place])
+                for b in range(1, count):
+                    value = value + tirx.BufferLoad(part, [n, o * count + b, k, place])
+                if name != "mask_part" and mask is not None:
+                    factor = tirx.BufferLoad(mask, tiles.index(n, o * taps + k, place))
+                    value = value * cast_vector(factor, spec.dtype, acc, side)
+                value = cast_vector(value, acc, spec.dtype, side)
+                stores.append(tirx.BufferStore(target, value, tiles.index(n, channel, place)))
+        return sequence(stores)
+
+    def reads(n: Expr, q: Expr, o: Expr, k: Expr) -> list[Any]:
+        found = [region(part, *[TOKEN] * 4) for part in parts.values()]
+        return found if mask is None else [*found, pixels_of(mask, n, o * taps + k, q)]
+
+    def writes(n: Expr, q: Expr, o: Expr, k: Expr) -> list[Any]:
+        found = [pixels_of(results["grad_offset"], n, ((o * taps + k) * 2, 2), q)]
+        return found + ([pixels_of(results["grad_mask"], n, o * taps + k, q)] if "grad_mask" in results else [])
+
+    units = (tiles.pixels + GRANULE - 1) // GRANULE
+    extents = [("n", tiles.batch), ("q", units), ("o", spec.offset_groups), ("k", taps)]
+    return results, block_nest("grad_offset", extents, reads, writes, body)
