@@ -14,6 +14,7 @@ import numpy as np
 
 from tvmdcn.providers import Prepared, Unsupported
 from tvmdcn.reference import reference
+from tvmdcn.reference_grad import expected_gradients
 
 
 def right(spec, extents, tensors, threads, schedule):
@@ -97,3 +98,27 @@ def ticking(spec, extents, tensors, threads, schedule):
 
     threading.Thread(target=tick, daemon=True).start()
     return right(spec, extents, tensors, threads, schedule)
+
+
+def gradients(spec, extents, tensors, threads, schedule):
+    given = {name: array for name, array in vars(tensors).items() if array is not None}
+    result = {name: array.astype(tensors.input.dtype) for name, array in expected_gradients(spec, given).items()}
+    return Prepared(lambda: result, lambda value: value)
+
+
+def wrong_gradients(spec, extents, tensors, threads, schedule):
+    """Give one gradient, small beside the others, that is off by half of its largest value."""
+    prepared = gradients(spec, extents, tensors, threads, schedule)
+    bias = prepared.call()["grad_bias"]
+    bias[-1] += np.abs(bias).max() / 2
+    return prepared
+
+
+def without_mask(spec, extents, tensors, threads, schedule):
+    """Leave out the mask's gradient."""
+    prepared = gradients(spec, extents, tensors, threads, schedule)
+    return Prepared(prepared.call, lambda value: {name: value[name] for name in value if name != "grad_mask"})
+
+
+def without_gradients(spec, extents, tensors, threads, schedule):
+    raise Unsupported("it has no gradients of <this>")

@@ -22,22 +22,28 @@ from click.testing import CliRunner
 
 from tvmdcn import bench, bench_protocol
 from tvmdcn.bench import benchmark_command, section_table
+from tvmdcn.bench_inputs import Expected, Inputs, relative_error
 from tvmdcn.bench_overhead import TINY, measure_overhead
 from tvmdcn.bench_process import Worker, WorkerError
-from tvmdcn.bench_protocol import Protocol, compare, relative_error, turn_order
+from tvmdcn.bench_protocol import Protocol, compare, turn_order
+from tvmdcn.bench_words import describe_layer, describe_measure
 from tvmdcn.bench_worker import load_tensors, save_tensors
-from tvmdcn.comparison import describe_layer, geometric_mean, organize, thread_gains
-from tvmdcn.measurement import Measurement, MeasurementError, append_row, percentile, read_rows
-from tvmdcn.problems import PROBLEMS, TEST_PROBLEMS, make_tensors
-from tvmdcn.providers import PROVIDERS, Provider
+from tvmdcn.comparison import geometric_mean, organize, thread_gains
+from tvmdcn.measurement import MEASURES, Measurement, MeasurementError, append_row, percentile, read_rows
+from tvmdcn.problems import PROBLEMS, TEST_PROBLEMS, Problem, make_tensors
+from tvmdcn.providers import PROVIDERS, BackwardTensors, Provider, default_providers
+from tvmdcn.spec import DeformConv2dGradSpec
+from tvmdcn.tensors import make_gradient_tensors
 
 FAKES = Path(__file__).with_name("fake_providers.py")
 SMALL = TEST_PROBLEMS["asymmetric_single"]
 QUICK = Protocol(rounds=2, burst_seconds=0.001, min_calls=2)
 
 
-def fake(name, role="peer", **fields):
-    return Provider(name.replace("_", "-"), role, f"{FAKES}:{name}", **fields)
+def fake(name, role="peer", backward=None, **fields):
+    """Return a provider; `backward` names its function for gradients."""
+    gradients = None if backward is None else f"{FAKES}:{backward}"
+    return Provider(name.replace("_", "-"), role, f"{FAKES}:{name}", backward=gradients, **fields)
 
 
 def row(**fields):
@@ -59,6 +65,10 @@ def row(**fields):
     return Measurement(**{**base, **fields})
 
 
+MEASUREMENTS = Path(bench.__file__).parents[1] / "docs" / "measurements"
+GRADIENTS = PROBLEMS["r50_c4"].backward.spec
+
+
 # --- rows --------------------------------------------------------------------------------------------------
 
 
@@ -69,6 +79,8 @@ def row(**fields):
         row(provider="ours-tuned", role="ours", schedule="tuned", max_rel_error=1e-7),
         row(status="failed", reason='a "reason"\nof two lines, \u00e4 \U0001f600'),
         row(measure="first_result", threads=2),
+        row(spec=GRADIENTS),
+        row(spec=DeformConv2dGradSpec.of(PROBLEMS["r50_c4"].spec, grad_weight=False, border="mmcv")),
     ],
 )
 def test_row_survives_a_file(tmp_path, measurement):
@@ -77,6 +89,32 @@ def test_row_survives_a_file(tmp_path, measurement):
     append_row(path, measurement)
     assert read_rows(path) == ([measurement, measurement], [])
     assert path.read_text().count("\n") == 2
+    assert json.loads(path.read_text().splitlines()[0])["direction"] == measurement.direction
+
+
+def test_direction_and_operations_are_those_of_what_was_computed():
+    forward, backward = row(), row(spec=GRADIENTS)
+    assert (forward.direction, forward.title) == ("forward", "r50_c4")
+    assert (backward.direction, backward.title) == ("backward", "r50_c4 backward")
+    assert backward.layer == forward.layer == forward.spec
+    assert backward.operations == 2 * forward.operations == 4 * 1024 * 256 * 256 * 9
+
+
+def test_rows_of_the_first_schema_are_forward():
+    data = row().to_json()
+    del data["direction"]
+    assert Measurement.from_json({**data, "schema": 1}) == row()
+    with pytest.raises(MeasurementError, match="missing direction"):
+        Measurement.from_json(data)
+    with pytest.raises(MeasurementError, match="the row describes no layer: .*unknown border"):
+        Measurement.from_json({**data, "schema": 1, "spec": GRADIENTS.to_json()})
+
+
+@pytest.mark.parametrize("path", sorted(MEASUREMENTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_rows_that_were_published_are_still_read(path):
+    rows, complaints = read_rows(path)
+    assert complaints == []
+    assert rows
 
 
 BAD_FIELDS = {
@@ -131,7 +169,9 @@ BROKEN_LINES = {
     "cut short": (edited()[:-20], "not a line of JSON"),
     "deep nesting": (b"[" * 100_000, "not a line of JSON"),
     "a list": (b"[1]", "a row must be a JSON object, got list"),
-    "other schema": (edited(schema=2), "schema must be 1, got 2: measure again"),
+    "other schema": (edited(schema=3), "schema must be 1 or 2, got 3: measure again"),
+    "schema of a bool": (edited(schema=True), "schema must be 1 or 2, got True: measure again"),
+    "other direction": (edited(direction="backward"), "direction must be forward, as the operator in spec says"),
     "unknown key": (edited(fast=True), "missing none; unknown fast"),
     "missing key": (edited(runs=...), "missing runs; unknown none"),
     "bad layer": (edited(spec={"operator": "conv"}), "the row describes no layer"),
@@ -210,6 +250,36 @@ def test_turns_are_rotated_and_reversed(count):
     assert turn_order([], 3) == []
 
 
+def test_worst_gradient_counts_in_units_of_its_own():
+    exact = {"grad_input": np.array([100.0, -50.0]), "grad_bias": np.array([0.5, 0.25])}
+    expected = Expected(exact)
+    assert expected.error_of(exact) == (0, "grad_input")
+    assert expected.error_of({**exact, "grad_input": exact["grad_input"] + 1}) == (0.01, "grad_input")
+    assert expected.error_of({**exact, "grad_bias": exact["grad_bias"] + 0.125}) == (0.25, "grad_bias")
+    assert expected.error_of({"grad_input": exact["grad_input"]}) == (math.inf, "grad_bias")
+    assert expected.error_of({**exact, "grad_bias": np.zeros((2, 1))}) == (math.inf, "grad_bias")
+
+
+def test_offset_gradient_is_not_compared_where_it_jumps():
+    exact = np.array([1.0, 2.0, 4.0])
+    expected = Expected({"grad_offset": exact, "grad_input": exact}, np.array([False, True, False]))
+    other_side = np.array([1.0, -2.0, 4.0])
+    assert expected.error_of({"grad_offset": other_side, "grad_input": exact})[0] == 0
+    assert expected.error_of({"grad_offset": exact + np.eye(3)[2], "grad_input": exact}) == (0.25, "grad_offset")
+    assert expected.error_of({"grad_offset": exact, "grad_input": other_side}) == (1.0, "grad_input")
+
+
+def test_jumps_are_at_whole_offsets_and_few(tmp_path):
+    inputs = Inputs(tmp_path, 0, None)
+    for name in ("asymmetric", "bfloat16"):  # in bfloat16 many an offset is whole
+        problem = TEST_PROBLEMS[name].backward
+        folder, expected = inputs.of(problem)
+        offset = load_tensors(folder, problem.spec).offset.astype(np.float64)
+        np.testing.assert_array_equal(expected.jumps, np.abs(offset - np.rint(offset)) < 1e-4)
+        assert expected.jumps.mean() < (0.002 if name == "asymmetric" else 0.1)
+    assert expected.jumps.any()
+
+
 def test_protocol_refuses_to_measure_nothing():
     with pytest.raises(ValueError, match="rounds and min_calls must be at least 1"):
         Protocol(rounds=0)
@@ -227,6 +297,17 @@ def test_tensors_survive_the_way_to_a_worker(tmp_path, name):
         if before is not None:
             assert after.dtype == before.dtype
             np.testing.assert_array_equal(after.astype(np.float64), before.astype(np.float64))
+
+
+@pytest.mark.parametrize("name", ["asymmetric", "bfloat16", "asymmetric_v1"])
+def test_gradient_of_the_output_goes_with_the_others(tmp_path, name):
+    problem = TEST_PROBLEMS[name].backward
+    drawn = make_gradient_tensors(problem.spec, problem.extents)
+    save_tensors(tmp_path, BackwardTensors(**{"mask": None, "bias": None, **drawn}))
+    read = load_tensors(tmp_path, problem.spec)
+    for field, array in drawn.items():
+        np.testing.assert_array_equal(getattr(read, field).astype(np.float64), array.astype(np.float64))
+    assert not hasattr(load_tensors(tmp_path, problem.forward.spec), "grad_output")
 
 
 # --- the protocol ------------------------------------------------------------------------------------------
@@ -271,6 +352,85 @@ def test_failures_become_rows_and_stop_nobody():
         else:
             assert FAILURES[found.provider.replace("-", "_")] in found.reason
     assert [found.schedule for found in rows[:2]] == ["tuned", None]
+
+
+def test_gradients_are_measured_beside_the_forward():
+    providers = [
+        fake("right", "ours", "gradients", schedule="tuned"),
+        fake("noisy", backward="wrong_gradients"),
+        fake("slow", backward="without_mask"),
+        fake("environment", backward="without_gradients"),
+        fake("floor", "floor", "floor"),
+        Provider("backward-only", "peer", None, backward=f"{FAKES}:gradients"),
+        Provider("forward-only", "peer", f"{FAKES}:right"),
+    ]
+    problems = [SMALL, SMALL.backward]
+    rows = compare(problems, [1], providers, protocol=QUICK)
+    by_part = {(found.direction, found.provider): found for found in rows}
+    assert len(by_part) == len(rows) == 2 * len(providers) - 2
+    assert [found.direction for found in rows] == ["forward"] * 6 + ["backward"] * 6
+    assert ("forward", "backward-only") not in by_part
+    assert ("backward", "forward-only") not in by_part
+    for found in rows:
+        assert (found.problem, found.layer) == (SMALL.name, SMALL.spec)
+        assert Measurement.from_json(json.loads(json.dumps(found.to_json()))) == found
+    for provider in ("right", "backward-only"):
+        assert by_part["backward", provider].max_rel_error < 1e-6
+    assert by_part["backward", "floor"].max_rel_error is None
+    for provider, reason in {
+        "noisy": "wrong result: maximum relative error of grad_bias ",
+        "slow": "wrong result: maximum relative error of grad_mask inf",
+        "environment": "it has no gradients of <this>",
+    }.items():
+        assert reason in by_part["backward", provider].reason
+
+
+def test_gradients_alone_bring_our_forward_with_them():
+    ours = [fake(name, "ours", "gradients") for name in ("right", "noisy")]
+    rows = compare([SMALL.backward], [1], [*ours, fake("slow", backward="gradients")], protocol=QUICK)
+    assert [(found.direction, found.provider) for found in rows] == [
+        ("forward", "right"),
+        ("backward", "right"),
+        ("backward", "noisy"),
+        ("backward", "slow"),
+    ]
+    (_, section) = organize(rows)
+    assert section.lines[0].growth == pytest.approx(rows[1].median_ms / rows[0].median_ms)
+
+
+def test_provider_asked_for_what_it_has_not_says_so():
+    only_forward = fake("right")
+    only_backward = Provider("backward-only", "peer", None, backward=f"{FAKES}:gradients")
+    (found,) = compare([SMALL.backward], [1], [only_forward], protocol=QUICK)
+    assert (found.direction, found.reason) == ("backward", "right has no gradients: it only infers")
+    (found,) = compare([SMALL], [1], [only_backward], protocol=QUICK)
+    assert found.reason == "backward-only is measured for its gradients only: --direction backward"
+
+
+def test_default_providers_have_something_to_do():
+    forward, backward = ({p.name for p in default_providers([name])} for name in ("forward", "backward"))
+    assert "torch-grid-sample" in backward - forward
+    assert {"onnxruntime", "openvino"} <= forward - backward
+    assert {"ours-tuned", "conv2d-nchw"} <= forward & backward
+    assert {p.name for p in default_providers()} == forward | backward
+
+
+def test_gradients_of_some_tensors_are_compared_apart():
+    few = DeformConv2dGradSpec.of(SMALL.spec, grad_input=False, grad_offset=False)
+    problems = [SMALL.backward, Problem("asymmetric_single backward", few, SMALL.extents, "")]
+    rows = compare(problems, [1], [fake("right", backward="gradients")], protocol=QUICK)
+    assert [(found.status, found.spec) for found in rows] == [("ok", problem.spec) for problem in problems]
+    (section,) = organize(rows)
+    assert len(section.lines) == 2
+    assert "grad_weight, grad_bias only" in describe_layer(few, SMALL.extents)
+
+
+def test_provider_in_another_environment(tmp_path):
+    here = Provider("right", "peer", f"{FAKES}:right", python=sys.executable)
+    gone = Provider("noisy", "peer", f"{FAKES}:noisy", package="no_such_package", python=str(tmp_path / "python"))
+    found, missing = compare([SMALL], [1], [here, gone], protocol=QUICK)
+    assert (found.status, found.versions["numpy"]) == ("ok", np.__version__)
+    assert "No such file" in missing.reason
 
 
 def test_slow_provider_gets_fewer_turns():
@@ -406,14 +566,45 @@ def test_peer_computes_the_reference(name):
         assert provider.role == "floor" or found.max_rel_error < 1e-5
 
 
+_BACKWARD_PEERS = [name for name in PROVIDERS if PROVIDERS[name].role != "ours" and PROVIDERS[name].backward]
+
+
+@pytest.mark.parametrize("name", _BACKWARD_PEERS)
+def test_peer_computes_the_gradients_of_the_reference(name):
+    provider = PROVIDERS[name]
+    pytest.importorskip(provider.package)
+    layers = [
+        TEST_PROBLEMS[problem]
+        for problem in (
+            "asymmetric_single",
+            "uneven_padding",
+            "asymmetric_nhwc",
+            "asymmetric_v1",
+            "straddling",
+            "row",
+            "float64",
+        )
+    ]
+    few = DeformConv2dGradSpec.of(SMALL.spec, grad_offset=False, grad_bias=False)
+    problems = [*(layer.backward for layer in layers), Problem("few", few, SMALL.extents, "")]
+    for found in compare(problems, [2], [provider], protocol=QUICK):
+        if name == "torchvision" and found.problem == "uneven_padding":
+            assert "no asymmetric padding" in found.reason
+            continue
+        assert (found.direction, found.status, found.reason) == ("backward", "ok", None), found.problem
+        assert provider.role == "floor" or found.max_rel_error < 1e-5
+
+
 @pytest.fixture
 def kernels(cache_dir):
-    """Kernels written by hand, in the cache under the keys of the default schedule."""
+    """Kernels written by hand, in the cache under the keys of the default and of the tuned schedule."""
     if handmade.COMPILER is None:
         pytest.skip("no C compiler")
     problems = [SMALL, TEST_PROBLEMS["asymmetric_nhwc"], TINY]
     for problem in problems:
-        handmade.build(problem.spec, schedule="default")
+        for each in (problem, problem.backward):
+            for schedule in ("default", *(("tuned",) if problem is TINY else ())):
+                handmade.build(each.spec, schedule=schedule)
     return problems
 
 
@@ -427,12 +618,48 @@ def test_ours_computes_the_reference(kernels, source):
         assert found.max_rel_error < 1e-5
 
 
+@pytest.mark.parametrize("source", ["prepare_ours", "prepare_ours_numpy", "prepare_ours_torch"])
+def test_ours_computes_the_gradients_of_the_reference(kernels, source):
+    if source == "prepare_ours_torch":
+        pytest.importorskip("torch")
+    backward = f"tvmdcn.providers_backward:{source}"
+    provider = dataclasses.replace(PROVIDERS["ours-default"], source=None, backward=backward)
+    rows = compare([problem.backward for problem in kernels], [2], [provider], protocol=QUICK)
+    assert [found.direction for found in rows] == ["backward"] * len(kernels)
+    for found in rows:
+        assert (found.status, found.reason, found.schedule) == ("ok", None, "default")
+        assert found.max_rel_error < 1e-5
+
+
 def test_overhead_rows(kernels):
-    rows = measure_overhead([1], schedule="default", problem=SMALL, processes=1, command="a command")
-    assert [found.measure for found in rows] == ["overhead_numpy", "overhead_torch", "first_result"]
-    assert [found.problem for found in rows] == [TINY.name, TINY.name, SMALL.name]
+    options = {"schedule": "default", "problem": SMALL, "processes": 1, "command": "a command"}
+    rows = measure_overhead([1], **options, protocol=dataclasses.replace(QUICK, rounds=1))
+    overheads = [name for name in MEASURES if name.startswith("overhead")]
+    ours = [(found.direction, found.measure) for found in rows if found.role == "ours"]
+    assert ours == [
+        *(("forward", measure) for measure in overheads),
+        *(("backward", measure) for measure in overheads if measure != "overhead_module"),
+        ("forward", "first_result"),
+    ]
+    assert [found.direction for found in rows if found.role == "floor"] == ["forward", "backward"]
+    assert {found.problem for found in rows[:-1]} == {TINY.name}
+    assert rows[-1].problem == SMALL.name
     assert {found.command for found in rows} == {"a command"}
     assert {found.reason for found in rows} <= {None, "torch is not installed: pip install torch"}
+    for section in organize(rows):
+        kernel, *others = [found for found in section.extra if found.measure != "overhead_numpy"]
+        for found in others:
+            above = section.above_kernel(found)
+            if found.measure == "first_result" or found.role == "floor" or found.status == "failed":
+                assert above is None
+            else:
+                assert above == pytest.approx(found.median_ms - kernel.median_ms)
+
+
+def test_measures_have_words_of_their_own():
+    specs = (PROBLEMS["r50_c4"].spec, GRADIENTS)
+    words = [describe_measure(row(measure=measure, role="ours", spec=spec)) for measure in MEASURES for spec in specs]
+    assert len(set(words)) == len(words) - 2  # modules, and a new process, are measured forward only
 
 
 def test_first_result_that_fails_has_a_reason(cache_dir, monkeypatch):
@@ -510,6 +737,61 @@ def test_thread_gains_need_the_same_subject():
     assert thread_gains([]) == []
 
 
+def backward_rows(ours=4.0, forward=2.0, conv2d=3.0, torchvision=40.0, problem="r50_c4", **fields):
+    layer = PROBLEMS[problem]
+    shared = {"problem": problem, "extents": layer.extents, "min_ms": 0.5, "p10": 0.5, "p90": 99.0, **fields}
+    gradients = layer.backward.spec
+    rows = [row(provider="ours-tuned", role="ours", median_ms=ours, spec=gradients, **shared)]
+    rows += [row(provider="ours-tuned", role="ours", median_ms=forward, spec=layer.spec, **shared)] if forward else []
+    rows += [row(provider="conv2d-nchw", role="floor", median_ms=conv2d, spec=gradients, **shared)]
+    rows += [row(provider="torchvision", median_ms=torchvision, spec=gradients, **shared)] if torchvision else []
+    return rows
+
+
+def test_directions_are_kept_apart_and_gradients_know_their_forward():
+    forward, backward = organize([*backward_rows(), row(median_ms=2.2)])
+    assert (forward.direction, backward.direction) == ("forward", "backward")
+    (line,) = backward.lines
+    assert (line.speedup, line.cost, line.growth) == (10, pytest.approx(4 / 3), 2)
+    assert backward.growth.value == pytest.approx(2)
+    assert line.gflops == pytest.approx(2 * line.spec.layer.flops(line.extents) / 4.0 / 1e6)
+    assert forward.lines[0].growth is None
+    assert forward.growth is None
+    # Only the forward of the same schedule, machine and number of threads.
+    for fields in ({"threads": 2}, {"machine": {"cpu": "another"}}, {"provider": "ours-default"}):
+        ours = {"provider": "ours-tuned", "role": "ours", "median_ms": 2.0, **fields}
+        sections = organize([*backward_rows(forward=None), row(**ours)])
+        assert next(section for section in sections if section.direction == "backward").growth is None
+    earlier = row(provider="ours-tuned", role="ours", median_ms=1.5, date="2026-11-21T10:00:00+00:00")
+    assert organize([*backward_rows(), earlier])[1].lines[0].growth == 2
+
+
+def test_aims_name_the_layers_that_miss_them():
+    rows = [
+        *backward_rows(),
+        *backward_rows(5.0, problem="deft"),  # 2.5 of our forward, 1.67 of conv2d's, 8 of torchvision's
+        *backward_rows(50.0, problem="edvr_align", torchvision=None),  # eight offset groups: no aim but torchvision's
+        *backward_rows(3.0, problem="grouped32"),  # groups: no aim beside conv2d
+    ]
+    forward, backward = organize(rows)
+    assert forward.verdicts == []
+    assert [
+        ([line.problem for line, _ in v.ratios], [line.problem for line, _ in v.misses], v.worst)
+        for v in (backward.verdicts)
+    ] == [
+        (["r50_c4", "deft", "grouped32"], ["deft"], 2.5),
+        (["r50_c4", "deft"], ["deft"], pytest.approx(5 / 3)),
+        (["r50_c4", "deft", "grouped32"], [], 8),
+    ]
+    assert organize(backward_rows(forward=None, torchvision=None))[0].verdicts[0].aim.limit == 1.5
+
+
+def test_thread_gains_of_gradients():
+    rows = [*backward_rows(), *backward_rows(2.5, 1.0, threads=2)]
+    gains = [(line.title, gain) for line, gain in thread_gains(organize(rows))]
+    assert gains == [("r50_c4", {2: 2.0}), ("r50_c4 backward", {2: pytest.approx(1.6)})]
+
+
 def test_describe_layer_says_what_is_unusual():
     plain, odd = PROBLEMS["r50_c4"], TEST_PROBLEMS["asymmetric_v1"]
     assert describe_layer(plain.spec, plain.extents) == "1\u00d7256\u00d732\u00d732 \u2192 256, 3\u00d73"
@@ -526,7 +808,12 @@ def test_describe_layer_says_what_is_unusual():
 def fakes(monkeypatch):
     table = {
         provider.name: provider
-        for provider in (fake("right", "ours"), fake("noisy"), fake("floor", "floor"), fake("unsupported"))
+        for provider in (
+            fake("right", "ours", "gradients"),
+            fake("noisy"),
+            fake("floor", "floor", "floor"),
+            fake("unsupported"),
+        )
     }
     monkeypatch.setattr(bench, "PROVIDERS", table)
     return table
@@ -561,6 +848,35 @@ def test_command_measures_writes_and_shows(tmp_path, fakes):
     assert f"16 rows in {output}" in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize(
+    ("direction", "parts"),
+    [
+        ("backward", [("forward", "right"), ("backward", "right"), ("backward", "floor")]),
+        ("all", [("forward", "right"), ("forward", "floor"), ("backward", "right"), ("backward", "floor")]),
+    ],
+)
+def test_command_measures_gradients(tmp_path, fakes, direction, parts):
+    output = tmp_path / "rows.jsonl"
+    arguments = ["--problem", "row", "--rounds", "1", "--burst", "0.001", "--direction", direction]
+    result = CliRunner().invoke(
+        benchmark_command,
+        [*arguments, "--provider", "right", "floor", "--output", str(output)],
+        catch_exceptions=False,
+    )
+    assert result.exit_code == 0
+    assert [(found.direction, found.provider) for found in read_rows(output)[0]] == parts
+    for text in ("backward, 1 thread", "vs forward", "at most 2.2\u00d7 our own forward"):
+        assert text in result.stdout
+    assert "row backward 1 right: " in result.stderr
+
+
+def test_command_runs_a_provider_elsewhere(fakes):
+    arguments = ["--problem", "row", "--rounds", "1", "--burst", "0.001", "--provider", "right"]
+    result = CliRunner().invoke(benchmark_command, [*arguments, "--python", "right=/no/such/python"])
+    assert result.exit_code == 1
+    assert "/no/such/python" in result.stdout
+
+
 def test_command_fails_when_all_fails(fakes):
     arguments = ["--problem", "row", "--provider", "unsupported", "--rounds", "1"]
     assert CliRunner().invoke(benchmark_command, arguments).exit_code == 1
@@ -572,6 +888,9 @@ def test_command_fails_when_all_fails(fakes):
         (["--provider", "mmcv"], "'mmcv' is not one of ours-tuned, ours-default"),
         (["--problem", "r51"], "problem 'r51' is neither a name nor of the form"),
         (["--threads", "0"], "0 is not in the range x>=1"),
+        (["--direction", "sideways"], "'sideways' is not one of 'forward', 'backward', 'all'"),
+        (["--python", "torchvision"], "'torchvision' is not of the form PROVIDER=INTERPRETER"),
+        (["--python", "mmcv=/usr/bin/python3"], "'mmcv' is not one of ours-tuned"),
         (["--rounds", "none"], "'none' is not a valid integer"),
         (["--problem-file", "no-such-file.json"], "does not exist"),
         (["stray"], "unexpected extra argument"),

@@ -221,7 +221,7 @@ class TorchArrays:
         return array.detach().to(getattr(self._torch, dtype)).contiguous()
 
     def bits(self, array: Any) -> np.ndarray:
-        """Return the memory of a tensor that is dense in either layout as a flat NumPy array of integers, not copied."""
+        """Return the memory of a tensor dense in either layout as a flat NumPy array of integers, not copied."""
         integer = {2: "int16", 4: "int32", 8: "int64"}[array.itemsize]
         array = array.detach().view(getattr(self._torch, integer))
         if not array.is_contiguous():

@@ -6,6 +6,7 @@ The protocol of measurement is in :mod:`tvmdcn.bench_protocol`, the providers in
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -19,19 +20,14 @@ from rich.text import Text
 
 from tvmdcn.bench_overhead import measure_overhead
 from tvmdcn.bench_protocol import Protocol, compare
-from tvmdcn.comparison import GeometricMean, Line, Section, organize, thread_gains
+from tvmdcn.bench_words import describe_measure
+from tvmdcn.comparison import GeometricMean, Line, Section, Verdict, organize, thread_gains
 from tvmdcn.errors import TvmdcnError
-from tvmdcn.measurement import Measurement, append_row
+from tvmdcn.measurement import DIRECTIONS, Measurement, append_row
 from tvmdcn.problems import PROBLEMS, REAL_LAYERS, Problem, load_problem_file, parse_problem
 from tvmdcn.providers import PROVIDERS, Provider, default_providers
 
 __all__ = ["Measurement", "Protocol", "benchmark_command", "compare", "main", "section_table"]
-
-_MEASURE_NAMES = {
-    "overhead_numpy": "a call with NumPy arrays, overhead",
-    "overhead_torch": "a call with torch tensors, overhead",
-    "first_result": "import to first result",
-}
 
 
 class _ListCommand(click.Command):
@@ -87,16 +83,22 @@ def _cell(line: Line, provider: str) -> Text:
 
 def section_table(section: Section) -> Table:
     """Return the terminal's table of a section: a line per problem, and the geometric means."""
+    backward = section.direction == "backward"
+    caption = (
+        "bold: ours, the fastest peer, the faster plain convolution. "
+        "vs peer: times as fast as it. vs conv2d: our time in units of the plain convolution's."
+    )
+    if backward:
+        caption += " vs forward: our time in units of our own forward's. All gradients, against all of the peers'."
     table = Table(
-        title=f"{section.machine.get('cpu', 'unknown processor')}, {_threads(section.threads)}: "
+        title=f"{section.machine.get('cpu', 'unknown processor')}, {section.direction}, {_threads(section.threads)}: "
         "median milliseconds per call",
-        caption="bold: ours, the fastest peer, the faster plain convolution. "
-        "vs peer: times as fast as it. vs conv2d: our time in units of the plain convolution's.",
+        caption=caption,
     )
     table.add_column("problem", no_wrap=True)
     for provider in section.providers:
         table.add_column(provider, justify="right")
-    for name in ("vs peer", "vs conv2d", "GFLOP/s", "max error"):
+    for name in ("vs peer", "vs conv2d", *(("vs forward",) if backward else ()), "GFLOP/s", "max error"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in section.lines:
         ours, speedup = line.ours, line.speedup
@@ -106,6 +108,7 @@ def section_table(section: Section) -> Table:
             *(_cell(line, provider) for provider in section.providers),
             _ratio(speedup, None if speedup is None else speedup >= 1),
             _ratio(line.cost),
+            *((_ratio(line.growth),) if backward else ()),
             "-" if line.gflops is None else f"{line.gflops:.0f}",
             "-" if error is None else f"{error:.0e}",
         )
@@ -115,6 +118,7 @@ def section_table(section: Section) -> Table:
         *(_against(section, provider) for provider in section.providers),
         _mean(section.speedup),
         _mean(section.cost),
+        *((_mean(section.growth),) if backward else ()),
         "",
         "",
     )
@@ -132,25 +136,37 @@ def _mean(mean: GeometricMean | None) -> str:
     return f"{mean.value:.2f}x" + (f" ({mean.count}/{mean.total})" if mean.count < mean.total else "")
 
 
+def _verdict(verdict: Verdict) -> Text:
+    misses, count = verdict.misses, len(verdict.ratios)
+    text = f"{verdict.aim.text}: {count - len(misses)} of {count}"
+    if misses:
+        text += "; not " + ", ".join(f"{line.problem} ({ratio:.2f}x)" for line, ratio in misses)
+    return Text(text, "red" if misses else "green")
+
+
 def _show(console: Console, rows: Sequence[Measurement]) -> None:
     sections = organize(rows)
     for section in sections:
         if section.lines:
             console.print(section_table(section))
+        for verdict in section.verdicts:
+            console.print(_verdict(verdict))
         for row in section.extra:
             if row.status == "ok":
+                above = section.above_kernel(row)
+                more = "" if above is None else f", {above * 1e3:.1f} us above the kernel"
                 console.print(
-                    f"{_MEASURE_NAMES[row.measure]}: {_milliseconds(row.median_ms)} ms "
-                    f"(median of {row.runs}, {_threads(row.threads)})",
+                    f"{describe_measure(row)}: {_milliseconds(row.median_ms)} ms "
+                    f"(median of {row.runs}, {_threads(row.threads)}){more}",
                     markup=False,
                 )
     for line, gains in thread_gains(sections):
         text = ", ".join(f"{gain:.2f}x at {threads}" for threads, gain in gains.items())
-        console.print(f"{line.problem} ({line.spec.flops(line.extents) / 1e9:.1f} GFLOP): {text} threads", markup=False)
+        console.print(f"{line.title} ({line.spec.flops(line.extents) / 1e9:.1f} GFLOP): {text} threads", markup=False)
     for row in rows:
         if row.status == "failed":
             console.print(
-                f"failed: {row.provider} on {row.problem}, {_threads(row.threads)}: {row.reason}",
+                f"failed: {row.provider} on {row.title}, {_threads(row.threads)}: {row.reason}",
                 markup=False,
             )
 
@@ -165,11 +181,20 @@ def _problems(names: Sequence[str], file: Path | None, real_layers: Path | None)
     return list(dict.fromkeys(problems))
 
 
-def _chosen(names: Sequence[str]) -> list[Provider]:
-    unknown = [name for name in names if name not in PROVIDERS]
-    if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(PROVIDERS)}.", param_hint="--provider")
-    return [PROVIDERS[name] for name in dict.fromkeys(names)] or default_providers()
+def _chosen(names: Sequence[str], pythons: Sequence[str], directions: Sequence[str]) -> list[Provider]:
+    """Return the providers that were asked for, or all, in the environments that were asked for."""
+    elsewhere = {}
+    for text in pythons:
+        name, separator, path = text.partition("=")
+        if not separator or not path:
+            raise click.BadParameter(f"{text!r} is not of the form PROVIDER=INTERPRETER.", param_hint="--python")
+        elsewhere[name] = path
+    for hint, asked in (("--provider", names), ("--python", tuple(elsewhere))):
+        unknown = [name for name in asked if name not in PROVIDERS]
+        if unknown:
+            raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(PROVIDERS)}.", param_hint=hint)
+    chosen = dict.fromkeys(names or (*(provider.name for provider in default_providers(directions)), *elsewhere))
+    return [dataclasses.replace(PROVIDERS[name], python=elsewhere.get(name)) for name in chosen]
 
 
 @click.command("benchmark", cls=_ListCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -192,7 +217,21 @@ def _chosen(names: Sequence[str]) -> list[Provider]:
     show_default=True,
     help="Threads of each provider; several are measured one after the other.",
 )
+@click.option(
+    "--direction",
+    type=click.Choice([*DIRECTIONS, "all"]),
+    default="forward",
+    show_default=True,
+    help="The layers, all their gradients (with our own forward beside them), or both in turns.",
+)
 @click.option("--provider", "providers", multiple=True, help=f"Any of {', '.join(PROVIDERS)}. Default: all.")
+@click.option(
+    "--python",
+    "pythons",
+    multiple=True,
+    metavar="PROVIDER=INTERPRETER",
+    help="Run a provider in another environment, for a package that needs one; it must have NumPy and click.",
+)
 @click.option(
     "--rounds",
     type=click.IntRange(1),
@@ -220,7 +259,9 @@ def benchmark_command(
     problems: tuple[str, ...],
     problem_file: Path | None,
     threads: tuple[int, ...],
+    direction: str,
     providers: tuple[str, ...],
+    pythons: tuple[str, ...],
     rounds: int,
     burst: float,
     time_budget: float | None,
@@ -242,8 +283,9 @@ def benchmark_command(
         "real_layers": real_layers,
     }
     counts = list(dict.fromkeys(threads))
+    directions = DIRECTIONS if direction == "all" else (direction,)
     try:
-        chosen, found = _chosen(providers), _problems(problems, problem_file, real_layers)
+        chosen, found = _chosen(providers, pythons, directions), _problems(problems, problem_file, real_layers)
     except TvmdcnError as error:
         raise click.ClickException(str(error)) from error
     if output is not None:
@@ -256,7 +298,7 @@ def benchmark_command(
             append_row(output, row)
         if not notes.is_terminal:
             result = f"{_milliseconds(row.median_ms)} ms" if row.status == "ok" else f"failed: {row.reason}"
-            notes.print(f"{row.problem} {row.threads} {row.provider}: {result}", markup=False, soft_wrap=True)
+            notes.print(f"{row.title} {row.threads} {row.provider}: {result}", markup=False, soft_wrap=True)
 
     interrupted = False
     with notes.status("starting") as status:
@@ -266,7 +308,8 @@ def benchmark_command(
             status.update(Text(f"[{len(done)} of {len(found) * len(counts)}] {text}"))
 
         try:
-            compare(found, counts, chosen, on_row=keep, on_step=step, **arguments)
+            asked = [layer if name == "forward" else layer.backward for layer in found for name in directions]
+            compare(asked, counts, chosen, on_row=keep, on_step=step, **arguments)
             if overhead:
                 measure_overhead(counts, on_row=keep, on_step=step)
         except KeyboardInterrupt:

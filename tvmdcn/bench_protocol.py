@@ -331,7 +331,8 @@ class _Workers:
     def described(self, part: _Part) -> dict[str, Any]:
         """Return what a row says of its environment, where that is another than this process's."""
         versions = self._versions.get(part.provider.python or "")
-        return {} if versions is None else {"versions": versions}
+        # What is not installed there plays no part in the row.
+        return {} if versions is None else {"versions": {**identify_versions(), **versions}}
 
 
 def _measure(

@@ -84,7 +84,8 @@ class Layers:
             output = layer.output(result)
             named = output if isinstance(output, Mapping) else {"output": output}
             # float64 holds every dtype exactly, and NumPy's files know it.
-            np.savez(request["output"], **{name: np.asarray(array, np.float64) for name, array in named.items()})
+            arrays: dict[str, Any] = {name: np.asarray(array, np.float64) for name, array in named.items()}
+            np.savez(request["output"], **arrays)
         del result
         start = time.perf_counter()
         layer.call()

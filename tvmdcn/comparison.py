@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tvmdcn.measurement import DIRECTIONS, Measurement
-from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
+from tvmdcn.spec import DeformConv2dSpec, Extents
 
 __all__ = [
     "Aim",
@@ -24,8 +24,6 @@ __all__ = [
     "Line",
     "Section",
     "Verdict",
-    "describe_layer",
-    "describe_measure",
     "geometric_mean",
     "organize",
     "thread_gains",
@@ -33,6 +31,7 @@ __all__ = [
 
 # The schedule that stands for us, and the order of columns; others follow in the order of their first row.
 _SUBJECTS = ("ours-tuned", "ours-default", "ours-naive")
+_NO_MORE_THAN_KERNEL = ("call", "overhead_numpy", "overhead_torch", "first_result")
 _ROLE_ORDER = {"ours": 0, "peer": 1, "floor": 2}
 
 
@@ -119,7 +118,7 @@ class Line:
         return _ratio(self.ours, self.forward.get(self.subject or ""))
 
     def against(self, provider: str) -> float | None:
-        """A provider's time in units of ours."""
+        """Return a provider's time in units of ours."""
         return _ratio(self.rows.get(provider), self.ours)
 
     @property
@@ -246,7 +245,7 @@ class Section:
 
     def above_kernel(self, row: Measurement) -> float | None:
         """Return the milliseconds that a call takes beyond the kernel's own, on the same tensors of torch."""
-        if not row.measure.startswith("overhead_") or row.measure in _OF_KERNEL or row.median_ms is None:
+        if row.measure in _NO_MORE_THAN_KERNEL or row.role != "ours" or row.median_ms is None:
             return None
         kernel = next((other for other in self.extra if other.measure == "overhead_torch"), None)
         return None if kernel is None or kernel.median_ms is None else row.median_ms - kernel.median_ms
@@ -259,28 +258,6 @@ class Section:
             for name in names
             if row.versions.get(name) != self.versions.get(name)
         ]
-
-
-_OF_KERNEL = {"overhead_numpy": "NumPy", "overhead_torch": "torch"}
-# What is called, forward and backward.
-_CALLED = {
-    "overhead_function": ("tvmdcn.deform_conv2d", "tvmdcn.deform_conv2d_backward"),
-    "overhead_operator": ("torch.ops.tvmdcn.deform_conv2d", "torch.ops.tvmdcn.deform_conv2d_backward"),
-    "overhead_module": ("tvmdcn.DeformConv2d", "tvmdcn.DeformConv2d"),
-    "overhead_autograd": ("tvmdcn.deform_conv2d, recorded by autograd", "torch.autograd.grad of it"),
-}
-
-
-def describe_measure(row: Measurement) -> str:
-    """Return what a row measured, in words."""
-    if row.measure == "first_result":
-        return "import to first result"
-    if row.measure in _OF_KERNEL:
-        kernel = "the kernel" if row.direction == "forward" else "the gradients' kernel"
-        return f"call overhead, {kernel}, {_OF_KERNEL[row.measure]}"
-    if row.measure in _CALLED:
-        return f"call overhead, {_CALLED[row.measure][DIRECTIONS.index(row.direction)]}"
-    return f"call, {row.direction}"
 
 
 def _frozen(value: Any) -> str:
@@ -381,37 +358,3 @@ def thread_gains(sections: Sequence[Section]) -> list[tuple[Line, dict[int, floa
             if gain:
                 gains.append((line, gain))
     return gains
-
-
-def describe_layer(spec: DeformConv2dSpec, extents: Extents) -> str:
-    """Return a layer in a few characters: sizes, kernel, and whatever is not usual."""
-    kernel = "\u00d7".join(map(str, spec.kernel_size))
-    image = f"{extents.batch}\u00d7{spec.in_channels}\u00d7{extents.height}\u00d7{extents.width}"
-    text = f"{image} \u2192 {spec.out_channels}, {kernel}"
-    if spec.stride != (1, 1):
-        text += f", stride {_short(spec.stride)}"
-    same = tuple(d * (k - 1) // 2 for k, d in zip(spec.kernel_size, spec.dilation, strict=True))
-    if spec.padding != same * 2:
-        text += f", padding {_short(spec.padding)}"
-    if spec.dilation != (1, 1):
-        text += f", dilation {_short(spec.dilation)}"
-    if spec.groups > 1:
-        text += f", {spec.groups} groups"
-    if spec.offset_groups > 1:
-        text += f", {spec.offset_groups} offset groups"
-    if not spec.mask:
-        text += ", no mask"
-    if spec.dtype != "float32":
-        text += f", {spec.dtype}"
-    if spec.layout != "NCHW":
-        text += f", {spec.layout}"
-    if isinstance(spec, DeformConv2dGradSpec):
-        if spec.outputs != DeformConv2dGradSpec.of(spec.layer).outputs:
-            text += f", {', '.join(spec.outputs)} only"
-        if spec.border != "torchvision":
-            text += f", border as {spec.border}"
-    return text
-
-
-def _short(values: Sequence[int]) -> str:
-    return str(values[0]) if len(set(values)) == 1 else "\u00d7".join(map(str, values))

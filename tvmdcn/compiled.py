@@ -75,6 +75,8 @@ class CompiledKernel:
     """Name of the operator whose artifacts these are."""
     public_name: ClassVar[str]
     """Name of the function that finds a kernel for its arguments."""
+    tile_cost: ClassVar[float] = 0.0
+    """What a tile costs besides its units, in units; see :func:`tvmdcn.partition.partition`."""
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
         if artifact.spec.operator != self.operator:
@@ -291,7 +293,7 @@ class CompiledKernel:
     def _plan(self, extents: Extents, pixels: int, out_width: int, parts: int) -> list[Tensor | int]:
         """Return the compiled function's arguments, tensors without their addresses."""
         spec, interface, batch = self.spec, self.artifact.kernel, extents.batch
-        tiles, units = partition(pixels, interface.granule, interface.max_tile_units, batch, parts)
+        tiles, units = partition(pixels, interface.granule, interface.max_tile_units, batch, parts, self.tile_cost)
         tensors = [self._tensor(name, extents, pixels) for name in (*spec.inputs, *spec.outputs)]
         return [*tensors, extents.height, extents.width, out_width, batch * tiles, tiles, units]
 

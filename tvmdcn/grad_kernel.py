@@ -53,6 +53,8 @@ class GradKernel(CompiledKernel):
 
     operator = DeformConv2dGradSpec.operator
     public_name = "deform_conv2d_backward"
+    # A tile's part of the weight's gradient is read, added to and written once more.
+    tile_cost = 0.15
     spec: DeformConv2dGradSpec
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:

@@ -6,7 +6,9 @@ from __future__ import annotations
 __all__ = ["partition"]
 
 
-def partition(pixels: int, granule: int, max_tile_units: int, batch: int, threads: int) -> tuple[int, int]:
+def partition(
+    pixels: int, granule: int, max_tile_units: int, batch: int, threads: int, tile_cost: float = 0.0
+) -> tuple[int, int]:
     """Divide an image's pixels into equal tiles.
 
     Among the tile sizes up to `max_tile_units`, take the one with which the busiest thread computes the fewest units;
@@ -24,6 +26,8 @@ def partition(pixels: int, granule: int, max_tile_units: int, batch: int, thread
         Images; may be 0.
     threads : int
         Threads that share the tasks.
+    tile_cost : float
+        What a tile costs besides its units, in units.
 
     Returns
     -------
@@ -31,12 +35,13 @@ def partition(pixels: int, granule: int, max_tile_units: int, batch: int, thread
         Tiles in an image and units in a tile; ``tiles * tile_units * granule >= pixels``.
     """
     units = -(-pixels // granule)
-    best: tuple[int, int, int] | None = None
+    best: tuple[float, int, int] | None = None
     for tile_units in range(min(max_tile_units, units), 0, -1):
         tiles = -(-units // tile_units)
         rounds = -(-max(batch, 1) * tiles // threads)
-        if best is None or rounds * tile_units < best[0]:
-            best = (rounds * tile_units, tiles, tile_units)
+        cost = rounds * (tile_units + tile_cost)
+        if best is None or cost < best[0]:
+            best = (cost, tiles, tile_units)
         if 2 * tile_units <= min(max_tile_units, units) and units > 8 * max_tile_units * threads:
             break  # many tasks: nothing to balance, and small tiles would only read the weights more often
     assert best is not None

@@ -10,13 +10,14 @@ there. Those of gradients are in :mod:`tvmdcn.providers_backward`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from tvmdcn.measurement import DIRECTIONS
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.tensors import Tensors
 
@@ -148,9 +149,17 @@ PROVIDERS = _table(
 )
 
 
-def default_providers() -> list[Provider]:
-    """Return the providers of a benchmark that names none: all but optional ones that are not installed."""
-    return [provider for provider in PROVIDERS.values() if provider.installed or not provider.optional]
+def default_providers(directions: Iterable[str] = DIRECTIONS) -> list[Provider]:
+    """Return the providers of a benchmark that names none.
+
+    All that compute one of the directions but optional ones that are not installed.
+    """
+    wanted = list(directions)
+    return [
+        provider
+        for provider in PROVIDERS.values()
+        if (provider.installed or not provider.optional) and any(map(provider.source_of, wanted))
+    ]
 
 
 def to_nchw(array: np.ndarray | None, spec: DeformConv2dSpec) -> Any:

@@ -8,14 +8,25 @@ Runtime and OpenVINO have no gradients.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from tvmdcn.providers import BackwardTensors, Prepared, Unsupported, from_nchw, to_nchw, torch_tensor
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
+from tvmdcn.tensors import Tensors
 
-__all__ = ["prepare_conv2d", "prepare_grid_sample", "prepare_ours", "prepare_ours_torch", "prepare_torchvision"]
+__all__ = [
+    "named_results",
+    "prepare_conv2d",
+    "prepare_grid_sample",
+    "prepare_ours",
+    "prepare_ours_numpy",
+    "prepare_ours_torch",
+    "prepare_torchvision",
+    "torch_tensors",
+]
 
 _IMAGES = ("input", "offset", "mask")
 
@@ -29,6 +40,20 @@ def prepare_ours(
     kernel = tvmdcn.load(spec, schedule=schedule or "tuned")
     given = {name: array for name, array in vars(tensors).items() if array is not None}
     return Prepared(kernel.bind(given), lambda results: results)
+
+
+def prepare_ours_numpy(
+    spec: DeformConv2dGradSpec, extents: Extents, tensors: BackwardTensors, threads: int, schedule: str | None
+) -> Prepared:
+    """Prepare our kernel as :func:`prepare_ours`, but new results at each call; for the overhead of a call."""
+    import tvmdcn
+
+    kernel = tvmdcn.load(spec, schedule=schedule or "tuned")
+    arguments = (tensors.grad_output, tensors.input, tensors.offset, kernel.pack(tensors.weight), tensors.mask)
+    return Prepared(
+        lambda: kernel(*arguments),
+        lambda found: {name: getattr(found, name.removeprefix("grad_")) for name in spec.outputs},
+    )
 
 
 def prepare_ours_torch(
@@ -47,7 +72,7 @@ def prepare_ours_torch(
     return Prepared(lambda: kernel(*arguments), lambda found: named_results(spec, found._asdict()))
 
 
-def torch_tensors(spec: DeformConv2dSpec, tensors: BackwardTensors) -> dict[str, Any]:
+def torch_tensors(spec: DeformConv2dSpec, tensors: Tensors) -> dict[str, Any]:
     """Return the tensors that the problem has, by name, images as N, C, H, W in the memory of the arrays."""
     named = {}
     for name, array in vars(tensors).items():
@@ -58,11 +83,14 @@ def torch_tensors(spec: DeformConv2dSpec, tensors: BackwardTensors) -> dict[str,
     return named
 
 
-def named_results(spec: DeformConv2dSpec, found: dict[str, Any]) -> dict[str, np.ndarray]:
+def named_results(spec: DeformConv2dSpec, found: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return torch gradients, by what they are the gradients of, as arrays by the names of the outputs."""
-    arrays = {f"grad_{name}": tensor.double().numpy() for name, tensor in found.items() if tensor is not None}
-    images = {f"grad_{name}" for name in _IMAGES}
-    return {name: from_nchw(array, spec) if name in images else array for name, array in arrays.items()}
+    results = {}
+    for output in spec.outputs:
+        name = output.removeprefix("grad_")
+        array = found[name].double().numpy()
+        results[output] = from_nchw(array, spec) if name in _IMAGES else array
+    return results
 
 
 def _leaves(spec: DeformConv2dSpec, tensors: BackwardTensors) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from typing import Any
 
 import click
 
-from tvmdcn.comparison import GeometricMean, Section, describe_layer, organize, thread_gains
+from tvmdcn.bench_words import describe_layer, describe_measure
+from tvmdcn.comparison import GeometricMean, Section, Verdict, organize, thread_gains
 from tvmdcn.errors import TvmdcnError
 from tvmdcn.extras import require
 from tvmdcn.history import histories as recorded_histories
@@ -27,18 +28,49 @@ from tvmdcn.report_data import SchedulePair, ScheduleView, Trial, TuningHistory
 from tvmdcn.report_figures import color_of, draw_bars, draw_tuning
 from tvmdcn.schedule_pairs import cached_pairs
 
-__all__ = ["SchedulePair", "ScheduleView", "Trial", "TuningHistory", "main", "report", "report_command"]
+__all__ = [
+    "SchedulePair",
+    "ScheduleView",
+    "Trial",
+    "TuningHistory",
+    "benchmark_block",
+    "main",
+    "report",
+    "report_command",
+    "update_block",
+]
 
 # A program longer than this says nothing to a reader, and makes the page too large to send.
 MAX_LINES = 1500
 # The spread from which a figure is marked as unsteady: 90th percentile over median.
 UNSTEADY = 1.25
 
-MEASURE_NAMES = {
-    "overhead_numpy": "call overhead, NumPy",
-    "overhead_torch": "call overhead, torch",
-    "first_result": "import to first result",
-}
+
+def benchmark_block(rows: Sequence[Measurement]) -> str:
+    """Return the verdicts and the tables of rows in Markdown, for a page that has its own frame."""
+    require("report", "a report")
+    return _render("benchmark.md.j2", _Content(rows, [], [], [])).strip() + "\n"
+
+
+def update_block(page: str | Path, rows: Sequence[Measurement]) -> None:
+    """Replace what stands in a page between the two marks of a benchmark.
+
+    Raises
+    ------
+    MeasurementError
+        If the page has not the two marks, or there are no rows.
+    OSError
+        If the page cannot be read or written.
+    """
+    text = Path(page).read_text(encoding="utf-8")
+    begin, end = (re.search(rf"^<!-- benchmark:{mark}\b.*-->$", text, re.MULTILINE) for mark in ("begin", "end"))
+    if begin is None or end is None or end.start() < begin.end():
+        raise MeasurementError(
+            f"{page} has no place for a benchmark: a line <!-- benchmark:begin --> and below it <!-- benchmark:end -->."
+        )
+    if not rows:
+        raise MeasurementError(f"there are no rows for {page}.")
+    Path(page).write_text(f"{text[: begin.end()]}\n{benchmark_block(rows)}{text[end.start() :]}", encoding="utf-8")
 
 
 def report(
@@ -158,7 +190,8 @@ class _Content:
 
     def section_of(self, row: Measurement) -> Section:
         """Return the section that shows a row."""
-        return next(s for s in self.sections if s.machine == row.machine and s.threads == row.threads)
+        place = (row.machine, row.direction, row.threads)
+        return next(s for s in self.sections if (s.machine, s.direction, s.threads) == place)
 
     @property
     def dates(self) -> str:
@@ -173,6 +206,17 @@ class _Content:
     def unsteady(self, row: Measurement) -> bool:
         """Whether a row's times were spread so far that its median is to be doubted."""
         return row.median_ms is not None and row.p90 is not None and row.p90 > UNSTEADY * row.median_ms
+
+    def marks(self, section: Section) -> list[str]:
+        """Return what the marks in a section's table mean, those that are there."""
+        shown = [row for line in section.lines for row in line.rows.values() if row.status == "ok"]
+        notes = []
+        if any(self.unsteady(row) for row in shown):
+            notes.append("~ unsteady: the 90th percentile lies more than 25 % above the median.")
+        other = dict.fromkeys(difference for row in shown for difference in section.differences(row))
+        if other:
+            notes.append(f"\u2020 other versions: {', '.join(other)}.")
+        return notes
 
     def bars(self, section: Section) -> Any:
         """Return the bar chart of a section."""
@@ -225,6 +269,15 @@ def _ratio(value: GeometricMean | float | None) -> str:
         return "\u2013"
     number = value.value if isinstance(value, GeometricMean) else value
     return f"{number:.2f}\u00d7"
+
+
+def _aim(verdict: Verdict) -> str:
+    """Say on how many of its layers an aim is met, and on which it is not."""
+    misses, count = verdict.misses, len(verdict.ratios)
+    text = f"Aim: {verdict.aim.text}. Met on {count - len(misses)} of {count}"
+    if not misses:
+        return f"{text}, the {'lowest' if verdict.aim.at_least else 'highest'} {_ratio(verdict.worst)}."
+    return f"{text}; not on " + ", ".join(f"{line.problem} ({_ratio(ratio)})" for line, ratio in misses) + "."
 
 
 def _markdown(value: object) -> str:
@@ -282,10 +335,10 @@ def _render(template: str, content: _Content) -> str:
         machine=_describe_machine,
         plural=_plural,
         covers=_covers,
+        aim=_aim,
+        measure=describe_measure,
     )
-    return environment.get_template(template).render(
-        content=content, color_of=color_of, describe_layer=describe_layer, measure_names=MEASURE_NAMES
-    )
+    return environment.get_template(template).render(content=content, color_of=color_of, describe_layer=describe_layer)
 
 
 @click.command("report", context_settings={"help_option_names": ["-h", "--help"]})
@@ -303,17 +356,27 @@ def _render(template: str, content: _Content) -> str:
     help="The page.",
 )
 @click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), help="Write Markdown too.")
-def report_command(rows: tuple[Path, ...], records: Path | None, output: Path, markdown: Path | None) -> None:
+@click.option(
+    "--update",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Replace the tables between the marks benchmark:begin and benchmark:end of this Markdown file.",
+)
+def report_command(
+    rows: tuple[Path, ...], records: Path | None, output: Path, markdown: Path | None, update: Path | None
+) -> None:
     """Make one HTML page, and Markdown, of measured ROWS."""
     try:
         notes = report(rows, records, output, markdown)
+        if update is not None:
+            update_block(update, [row for path in rows for row in read_rows(path)[0]])
     except (TvmdcnError, OSError) as error:
         raise click.ClickException(str(error)) from error
     for note in notes:
         click.echo(f"note: {note}", err=True)
     click.echo(f"{output} ({output.stat().st_size / 2**10:.0f} KiB)")
-    if markdown is not None:
-        click.echo(str(markdown))
+    for path in (markdown, update):
+        if path is not None:
+            click.echo(str(path))
 
 
 main = report_command

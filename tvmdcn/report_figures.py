@@ -23,7 +23,7 @@ __all__ = ["color_of", "draw_bars", "draw_tuning"]
 
 # CSS variable by what is drawn; the page's style sheet gives each a value for light and for dark.
 _OURS = {"ours-tuned": "ours", "ours-default": "ours-2", "ours-naive": "ours-3"}
-_PEERS = {"onnxruntime": "peer-1", "openvino": "peer-2", "torchvision": "peer-3"}
+_PEERS = {"onnxruntime": "peer-1", "openvino": "peer-2", "torchvision": "peer-3", "torch-grid-sample": "peer-1"}
 _FLOOR = "floor"
 _VARIABLES = ("ink", "faint", "grid", "bad", "ours", "ours-2", "ours-3", "peer-1", "peer-2", "peer-3", _FLOOR)
 # Stand-ins no other part of a drawing uses.
@@ -163,6 +163,7 @@ def draw_bars(section: Section, name: str) -> Markup | None:
     # A bar beyond any peer that competes would flatten all the others: it is cut, and says its height.
     contenders = [height(line, row) for line in lines for row in (line.ours, line.fastest_peer) if row is not None]
     limit = 1.18 * max([*contenders, 1.0])
+    plain = "plain conv2d" if section.direction == "forward" else "plain conv2d's backward"
     drawing = _Drawing(name, max(42.0 * len(lines) + 120, 700.0), 300)
     axes = drawing.axes
     width = 0.8 / len(shown)
@@ -182,12 +183,12 @@ def draw_bars(section: Section, name: str) -> Markup | None:
                 text = f"{value:.0f}" if value >= 10 else f"{value:.1f}"
                 axes.text(at, min(value, limit), text, ha="center", va="bottom", fontsize=7, color=_STAND_INS["ink"])
     if use_floor:
-        axes.axhline(1.0, color=_STAND_INS[_FLOOR], linewidth=1.4, linestyle=(0, (4, 2)), label="plain conv2d")
+        axes.axhline(1.0, color=_STAND_INS[_FLOOR], linewidth=1.4, linestyle=(0, (4, 2)), label=plain)
     axes.set_xticks(range(len(lines)), [_short(line.problem) for line in lines], rotation=32, ha="right")
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(lines) - 0.4)
     axes.set_ylim(0, limit * 1.04)
-    unit = "plain conv2d = 1" if use_floor else f"{_short(section.subject or '')} = 1"
+    unit = f"{plain} = 1" if use_floor else f"{_short(section.subject or '')} = 1"
     axes.set_ylabel(f"time, {unit} (shorter is faster)")
     axes.legend(
         ncols=6,

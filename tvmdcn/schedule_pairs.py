@@ -22,7 +22,7 @@ _SIDES = ("default", "tuned")
 
 
 def cached_pairs(rows: Iterable[Measurement], cache_dir: Path | None = None) -> list[SchedulePair]:
-    """Return a pair for each layer of ours among the rows whose two schedules are in the cache.
+    """Return a pair for each layer of ours, and for its gradients, among the rows whose two schedules are in the cache.
 
     The newest builds count, of those that this version's generating code made for the target of the row.
     """
@@ -38,9 +38,9 @@ def cached_pairs(rows: Iterable[Measurement], cache_dir: Path | None = None) -> 
     pairs = {}
     for row in rows:
         found = [built.get((row.spec, str(row.machine.get("target")), side)) for side in _SIDES]
-        if row.role == "ours" and row.problem not in pairs and None not in found:
+        if row.role == "ours" and row.title not in pairs and None not in found:
             left, right = (_view(artifact) for artifact in found if artifact is not None)
-            pairs[row.problem] = SchedulePair(row.problem, left, right)
+            pairs[row.title] = SchedulePair(row.title, left, right)
     return list(pairs.values())
 
 

@@ -188,20 +188,21 @@ def _sampling_lanes(spec: DeformConv2dSpec, target: TargetInfo) -> int:
 def _plan(sch: Any, block: Any, spec: DeformConv2dSpec, target: TargetInfo, at: Any, task: Any) -> None:
     """Compute the sampling plan in vectors along the pixels of a unit."""
     for name in plan_blocks(2):
-        place_plan_stage(sch, block(name), spec, target, at)
+        sch.compute_at(block(name), at, preserve_unit_loops=True)
+        strip, _ = vectorize_pixels(sch, block(name), spec, target)
+        sch.unroll(strip)
     for name in ("pixel_1", "pixel_0"):
         sch.compute_at(block(name), task, preserve_unit_loops=True)
 
 
-def place_plan_stage(sch: Any, stage: Any, spec: DeformConv2dSpec, target: TargetInfo, at: Any) -> None:
-    """Compute a stage of the sampling plan at a loop, in vectors along the pixels of a unit."""
+def vectorize_pixels(sch: Any, stage: Any, spec: DeformConv2dSpec, target: TargetInfo) -> tuple[Any, Any]:
+    """Split the pixels of a unit, a stage's last loop, into vectors; return both loops."""
     # Vectors that divide a unit: with 24 lanes LLVM builds each broadcast from scalar inserts, and edvr_align takes
     # 12.4 ms, with 8 it takes 11.7 (Zen 5, one thread, 2026-11).
     lanes = gcd(GRANULE, target.vector_bits // 8 // ITEM_BYTES[spec.accumulator_dtype])
-    sch.compute_at(stage, at, preserve_unit_loops=True)
     strip, lane = sch.split(sch.get_loops(stage)[-1], [None, lanes])
-    sch.unroll(strip)
     sch.vectorize(lane)
+    return strip, lane
 
 
 def _depthwise(sch: Any, block: Any, spec: DeformConv2dSpec, target: TargetInfo, choices: Choices, lanes: int) -> None:

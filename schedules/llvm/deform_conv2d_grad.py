@@ -9,9 +9,10 @@
 
 Structural variants, named ``<order>-<vectors>-<place>``:
 
-* order ``shared``: tiles outside, blocks of channels inside and parallel; the sampling plan and the output's gradient
-  of a tile are prepared once for all blocks. ``own``: blocks outside and parallel, each prepares them for itself; no
-  thread waits for another, and a block's weights stay in its cache.
+* order ``stored``: blocks of channels outside and parallel, tiles inside; the sampling plan (ten numbers a sample) and
+  the output's gradient, laid out for both products, are prepared for whole images beforehand. ``own``: the same, but
+  each block prepares them for itself, tile by tile. ``shared``: tiles outside, blocks inside and parallel; plan and
+  output's gradient are prepared once per tile for all blocks, and threads wait for each other at each tile.
 * vectors of channels in the register tile of the column gradients.
 * place: column gradients are computed one ``tap`` at a time, just before they are used, or for a whole ``unit``.
 
@@ -29,7 +30,7 @@ from __future__ import annotations
 from math import gcd
 from typing import Any
 
-from tvmdcn.schedules.llvm.deform_conv2d import ITEM_BYTES, TILE_UNIT_CHOICES, default_units, naive, place_plan_stage
+from tvmdcn.schedules.llvm.deform_conv2d import ITEM_BYTES, TILE_UNIT_CHOICES, default_units, naive, vectorize_pixels
 from tvmdcn.space import TILE_UNITS, UNIT_BYTES, VARIANT, Choices, design_space
 from tvmdcn.spec import DeformConv2dGradSpec
 from tvmdcn.target import TargetInfo
@@ -59,8 +60,8 @@ def variants(spec: DeformConv2dGradSpec, target: TargetInfo) -> list[str]:
     vectors = _blocks(spec, target).vectors
     counts = [n for n in (2, 1, 4, 3) if vectors % n == 0] if _needs_columns(spec) else [1]
     places = ["tap", "unit"] if _needs_columns(spec) else ["unit"]
-    # Few blocks of channels cannot be shared out within each tile without waiting.
-    orders = ["shared", "own"]
+    # With many offset groups a stored plan is as large as the samples, and each block has a plan of its own anyway.
+    orders = ["stored", "own", "shared"] if spec.offset_groups == 1 else ["own", "shared", "stored"]
     return [f"{order}-{count}-{place}" for count in counts for place in places for order in orders]
 
 
@@ -95,17 +96,19 @@ def deform_conv2d_grad(
 
     columns_init = _column_gradients(sch, block, spec, target, choices, int(count), tap if place == "tap" else unit)
     weight_init = _weight_part(sch, block, spec, target, choices)
-    plan_at = task if shared else unit
-    _plan(sch, block, spec, target, plan_at, units_parallel=shared)
-    for name, at in (("grad_tile", plan_at), ("weight_tile", task)):
-        if (name == "grad_tile" and columns_init) or (name == "weight_tile" and weight_init):
+    places = {"shared": (task, task, task), "own": (unit, unit, task), "stored": (None, None, None)}[order]
+    _plan(sch, block, spec, target, places[0], units_parallel=shared)
+    for name, at, needed in (("grad_tile", places[1], columns_init), ("weight_tile", places[2], weight_init)):
+        if needed:
             _tile(sch, block(name), spec, target, at, units_parallel=shared)
     sch.parallel(channels)
 
-    pitch = _blocks(spec, target).pitch
-    unit_bytes = GRANULE * ITEM_BYTES[spec.accumulator_dtype]
-    # Samples and the output's gradient of the tile, and with a shared plan its ten numbers per sample.
-    unit_bytes *= spec.taps * pitch + 2 * spec.out_channels + (10 * spec.taps * spec.offset_groups if shared else 0)
+    # What a tile needs per pixel: its samples; as `own` the output's gradient, for the weight; as `shared` that twice,
+    # and ten numbers of the plan per sample.
+    numbers = spec.taps * _blocks(spec, target).pitch
+    numbers += {"stored": 0, "own": 1, "shared": 2}[order] * spec.out_channels
+    numbers += 10 * spec.taps * spec.offset_groups if shared else 0
+    unit_bytes = GRANULE * ITEM_BYTES[spec.accumulator_dtype] * numbers
     units = choices.pick("tile_units", TILE_UNIT_CHOICES, default_units(target, unit_bytes))
     sch.annotate(block("samples"), TILE_UNITS, units)
     sch.annotate(block("samples"), UNIT_BYTES, unit_bytes)
@@ -219,28 +222,38 @@ def _in_registers(sch: Any, stage: Any, count: int) -> None:
 
 
 def _plan(sch: Any, block: Any, spec: DeformConv2dGradSpec, target: TargetInfo, at: Any, units_parallel: bool) -> None:
-    """Place those stages of the sampling plan that are needed."""
-    unused = set() if spec.grad_input or spec.grad_weight else {"weight"}
-    if not (spec.grad_offset or spec.grad_input or spec.grad_weight):
-        return
-    for name in plan_blocks(2):
-        if name.split("_")[0] in unused:
-            continue
-        place_plan_stage(sch, block(name), spec, target, at)
-        if units_parallel:
-            o, k, _, unit, *_ = sch.get_loops(block(name))[-6:]
-            sch.reorder(unit, o, k)
-            sch.parallel(unit)
+    """Place those stages of the sampling plan that are needed: at a loop, or before the tiles."""
+    unused = () if spec.grad_input or spec.grad_weight else ("weight",)
+    names = [name for name in plan_blocks(2) if not name.startswith(unused or "-")]
+    for name in names:
+        if at is not None:
+            sch.compute_at(block(name), at, preserve_unit_loops=True)
+        strip, _ = vectorize_pixels(sch, block(name), spec, target)
+        sch.unroll(strip)
+        if at is None or units_parallel:
+            group, tap, task, unit = sch.get_loops(block(name))[-6:-2]
+            sch.reorder(task, unit, group, tap)
+            if units_parallel:
+                sch.parallel(unit)
+    if at is None:
+        sch.merge(*(sch.get_loops(block(name))[3] for name in reversed(names)))
     for name in ("pixel_1", "pixel_0"):
-        sch.compute_at(block(name), at, preserve_unit_loops=True)
+        if at is not None:
+            sch.compute_at(block(name), at, preserve_unit_loops=True)
+    if at is None:
+        for name in (names[0], "pixel_1", "pixel_0"):
+            sch.parallel(sch.fuse(*sch.get_loops(block(name))[:2]))
 
 
 def _tile(sch: Any, stage: Any, spec: DeformConv2dGradSpec, target: TargetInfo, at: Any, units_parallel: bool) -> None:
-    """Place the output's gradient of a unit, or of a tile's units."""
-    sch.compute_at(stage, at, preserve_unit_loops=True)
-    *_, unit, _, last = sch.get_loops(stage)
+    """Place the output's gradient of a unit: at a loop, or before the tiles."""
+    if at is not None:
+        sch.compute_at(stage, at, preserve_unit_loops=True)
+    *_, task, unit, _, last = sch.get_loops(stage)
     extent = GRANULE if spec.layout == "NCHW" else spec.out_channels
     _, lane = sch.split(last, [None, gcd(extent, _vector_lanes(spec, target))])
     sch.vectorize(lane)
-    if units_parallel:
+    if at is None:
+        sch.parallel(sch.fuse(task, unit))
+    elif units_parallel:
         sch.parallel(unit)
