@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from strategies import Case
 
+from tvmdcn.grad_kernel import GradKernel
 from tvmdcn.kernel import Kernel
 from tvmdcn.problems import Tensors, make_tensors
 from tvmdcn.reference import reference
+from tvmdcn.reference_grad import expected_gradients
 from tvmdcn.space import Decisions
-from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo, detect_target, host_features, resolve_target
+from tvmdcn.tensors import Gradients, numpy_dtype
 
 # Three units and a bit, in two images, so that tiles end inside an image and the last unit overlaps; and an
 # image with hardly more than one unit of outputs, or fewer.
@@ -84,3 +90,68 @@ def build_only(spec: DeformConv2dSpec, schedule: str, cache_dir: Path) -> None:
     from tvmdcn.builder import build
 
     build(spec, schedule=schedule, cache_dir=cache_dir)
+
+
+# --- gradients ----------------------------------------------------------------------------------------------
+
+# Several tiles and a last unit that overlaps; hardly more than one unit, or fewer; three images of several units, whose
+# tiles share a unit; strange places, and strange pixels.
+GRADIENT_CALLS = (
+    (Extents(2, 9, 10), "border", "normal"),
+    (Extents(1, 5, 6), "nan", "normal"),
+    (Extents(3, 12, 13), "huge", "normal"),
+    (Extents(2, 8, 7), "far", "infinite"),
+)
+_MOST_THREADS = 4
+
+
+def gradient_arguments(case: Case) -> dict[str, np.ndarray]:
+    """Return the arguments of the gradients of a case, by name."""
+    tensors = {name: array for name, array in vars(case.tensors).items() if array is not None and name != "bias"}
+    drawn = np.random.default_rng([case.seed, 1]).standard_normal(case.spec.output_shape(case.extents))
+    return {"grad_output": drawn.astype(numpy_dtype(case.spec.dtype)), **tensors}
+
+
+def gradients_of(kernel: GradKernel, arguments: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Call a kernel; return what its specification asks for, by the names of the outputs."""
+    found = kernel(*(arguments.get(name) for name in ("grad_output", "input", "offset", "weight", "mask")))
+    return {f"grad_{name}": getattr(found, name) for name in Gradients._fields if getattr(found, name) is not None}
+
+
+@dataclass(frozen=True)
+class GradientOutcome:
+    """What came out: the schedule, each gradient's largest error, and those that depend on threads or change."""
+
+    schedule: dict
+    errors: dict[str, float]
+    unsteady: set[str]
+
+
+@functools.cache
+def _caller() -> ThreadPoolExecutor:
+    """Return a thread whose pool of TVM's workers is made for as many threads as are ever asked for."""
+    return ThreadPoolExecutor(1)
+
+
+def build_and_compare_gradients(
+    spec: DeformConv2dGradSpec, target: TargetInfo, schedule: str | Decisions, cache_dir: Path
+) -> GradientOutcome:
+    """Build a kernel; compare it with the reference, and with itself on other numbers of threads."""
+    from tvmdcn.builder import build
+
+    artifact = build(spec, target, schedule, cache_dir)
+
+    def compare() -> GradientOutcome:
+        kernels = [GradKernel(artifact, threads) for threads in range(_MOST_THREADS, 0, -1)]
+        errors, unsteady = dict.fromkeys(spec.outputs, 0.0), set()
+        for seed, (extents, offsets, image) in enumerate(GRADIENT_CALLS):
+            arguments = gradient_arguments(Case(spec, extents, offsets, image, False, seed))
+            found = gradients_of(kernels[0], arguments)
+            for name, expected in expected_gradients(spec, arguments).items():
+                errors[name] = max(errors[name], error_of(found[name], expected))
+            for kernel in kernels:
+                again = gradients_of(kernel, arguments)
+                unsteady |= {name for name in found if again[name].tobytes() != found[name].tobytes()}
+        return GradientOutcome(dict(artifact.schedule), errors, unsteady)
+
+    return _caller().submit(compare).result()

@@ -7,6 +7,7 @@ import html
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -15,12 +16,13 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 from tvmdcn.comparison import organize
-from tvmdcn.measurement import Measurement, MeasurementError, append_row
+from tvmdcn.measurement import Measurement, MeasurementError, append_row, read_rows
 from tvmdcn.problems import PROBLEMS
-from tvmdcn.report import report, report_command
+from tvmdcn.report import benchmark_block, report, report_command, update_block
 from tvmdcn.report_data import SchedulePair, ScheduleView, Trial, TuningHistory
 from tvmdcn.report_figures import draw_bars, draw_tuning
 
+ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = "<script>alert(1)</script>\"'&|`$x$ \u4e16\n# [a](b) ]]> </svg> {{ 1 }} \x07"
 PROVIDERS = {
     "ours-tuned": ("ours", 5.0),
@@ -139,6 +141,102 @@ def test_verdict_and_table_quote_the_rows(make):
     assert "2.00\u00d7" in page.split("More threads")[1]  # two threads against one
 
 
+def backward(provider="ours-tuned", problem="r50_c4", **fields):
+    return row(provider, problem, spec=PROBLEMS[problem].backward.spec, **fields)
+
+
+def test_gradients_have_tables_and_verdicts_of_their_own(make):
+    rows = all_providers() + all_providers(problem="deft")
+    rows += [backward(name) for name in ("onnxruntime", "conv2d-nchw")]
+    rows += [backward(median_ms=11.0), backward("torchvision", median_ms=132.0)]
+    rows += [backward(problem="deft", median_ms=12.0), backward("torchvision", "deft", median_ms=84.0)]
+    page, markdown, notes = make(rows)
+    assert notes == []
+    words = Page(page).words
+    for text in (
+        "2.30\u00d7 the time of our own forward",
+        "1.38\u00d7 the time of a plain convolution's backward of the same shape",
+        "Met on 1 of 2; not on deft (2.40\u00d7).",
+        "Met on 1 of 1, the highest 1.38\u00d7.",
+        "Met on 1 of 2; not on deft (7.00\u00d7).",
+    ):
+        assert text in words
+        assert text in markdown.replace("**", "")
+    forward, gradients = markdown.split("## Backward, 1 thread")
+    assert "Aim: " not in forward
+    assert "vs forward" not in forward
+    (line,) = (line for line in gradients.splitlines() if line.startswith("| deft |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["deft", "**12.0**", "", "**84.0**", "", "7.00\u00d7", "\u2013", "2.40\u00d7", "50", "\u2013"]
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings[:2] == ["Forward, 1 thread", "Backward, 1 thread"]
+    assert page.count("<svg") == 2
+    assert "plain conv2d&#39;s backward" in page
+
+
+def test_marks_are_explained_where_they_stand(make):
+    odd = row("openvino", versions={"python": "3.12", "tvmdcn": "0.1"}, p90=40.0)
+    _, markdown, _ = make([row(), row("onnxruntime"), odd, row(threads=2)])
+    one, two = markdown.split("## Forward, 2 threads")
+    assert "\\~ unsteady: the 90th percentile" in one
+    assert "\u2020 other versions: python 3.12 instead of 3.11." in one
+    assert "unsteady" not in two
+    assert "other versions" not in two
+
+
+# --- a block of another page -------------------------------------------------------------------------------
+
+
+def test_block_is_replaced_and_the_rest_is_kept(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- benchmark:begin (how) -->\nold\n<!-- benchmark:end -->\nafter \\1 `x`\n")
+    update_block(page, all_providers())
+    text = page.read_text(encoding="utf-8")
+    block = benchmark_block(all_providers())
+    kept = "before\n<!-- benchmark:begin (how) -->\n", "<!-- benchmark:end -->\nafter \\1 `x`\n"
+    assert text == kept[0] + block + kept[1]
+    assert "### Forward, 1 thread" in block
+    assert "2.00\u00d7" in block
+    update_block(page, all_providers())
+    assert page.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<!-- benchmark:begin -->\n", "<!-- benchmark:end -->\n<!-- benchmark:begin -->\n"]
+)
+def test_page_without_a_place_is_refused(tmp_path, text):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(MeasurementError, match="has no place for a benchmark: a line <!-- benchmark:begin -->"):
+        update_block(page, all_providers())
+    assert page.read_text() == text
+
+
+def test_block_without_rows_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- benchmark:begin -->\n<!-- benchmark:end -->\n")
+    with pytest.raises(MeasurementError, match="there are no rows for"):
+        update_block(page, [])
+
+
+def test_readme_shows_the_rows_that_were_published(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(
+        r"^<!-- benchmark:begin \(generated: (.*?), from .*-->\n(.*?)^<!-- benchmark:end", readme, re.M | re.S
+    )
+    command, block = found.groups()
+    program, *arguments = command.split()
+    assert Path(program).exists()
+    context = report_command.make_context("report", arguments)
+    assert context.params["update"] == Path("README.md")
+    rows = [row for path in context.params["rows"] for row in read_rows(path)[0]]
+    assert block == benchmark_block(rows), f"the tables are not those of the rows: {command}"
+
+
+# --- the page ----------------------------------------------------------------------------------------------
+
+
 def test_page_is_one_file_without_network(make):
     histories = [TuningHistory("r50_c4", [Trial(0, 2.0), Trial(1, None, "build"), Trial(2, 1.5)])]
     pair = SchedulePair("r50_c4", ScheduleView("default", {}, "a\nb"), ScheduleView("tuned", {}, "a\nc"))
@@ -244,7 +342,7 @@ def test_broken_line_is_reported_and_the_rest_used(make):
 def test_no_row_is_an_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("{}\n")
-    with pytest.raises(MeasurementError, match=r"no sound row in .*line 1: schema must be 1"):
+    with pytest.raises(MeasurementError, match=r"no sound row in .*line 1: schema must be 1 or 2"):
         report([path], None, tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 
@@ -254,19 +352,28 @@ def test_overheads_and_superseded_rows(make):
         row(),
         row(date="2026-11-21T10:00:00+00:00", median_ms=77.0),
         row(measure="overhead_numpy", median_ms=0.0081),
+        row(measure="overhead_torch", median_ms=0.0091),
+        row(measure="overhead_function", median_ms=0.0125),
         row(measure="first_result", median_ms=321.0, threads=2),
     ]
     page, markdown, notes = make(rows)
     assert notes == ["1 row left out: the same was measured again later."]
     assert "77" not in re.sub("<style>.*</style>", "", page, flags=re.DOTALL).split("<table>")[1]
-    for text in ("call overhead, NumPy", "0.0081", "import to first result", "321"):
+    for text in (
+        "call overhead, the kernel, NumPy",
+        "0.0081",
+        "call overhead, tvmdcn.deform_conv2d",
+        "3.4",  # us above the kernel
+        "import to first result",
+        "321",
+    ):
         assert text in Page(page).words
         assert text in markdown
 
 
 def test_rows_of_overhead_alone_make_a_report(make):
     page, _, _ = make([row(measure="overhead_torch", median_ms=0.01)])
-    assert "call overhead, torch" in Page(page).words
+    assert "call overhead, the kernel, torch" in Page(page).words
 
 
 def test_tuning_history(make):
@@ -352,6 +459,12 @@ def test_command(tmp_path):
     result = CliRunner().invoke(report_command, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert f"{page} (" in result.stdout
+    place = tmp_path / "place.md"
+    place.write_text("<!-- benchmark:begin -->\n<!-- benchmark:end -->\n")
+    again = CliRunner().invoke(report_command, [*arguments, "--update", str(place)], catch_exceptions=False)
+    assert again.exit_code == 0
+    assert again.stdout.splitlines()[-1] == str(place)
+    assert "| r50_c4 |" in place.read_text(encoding="utf-8")
     assert "line 8: not a line of JSON" in result.stderr
     assert markdown.exists()
     rows.write_text("")

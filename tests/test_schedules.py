@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
 
 import pytest
 from compiled import Job, build_and_compare, runnable_targets
+from machine_code import JUMP, STACK, STORE, assembly, blocks_of, loops_of, matches, scheduled
 
 from tvmdcn.errors import BuildError
 from tvmdcn.problems import PROBLEMS
@@ -156,40 +156,13 @@ def test_every_combination_comes_up():
 # --- what a schedule looks like -----------------------------------------------------------------------------
 
 
-def scheduled(spec: DeformConv2dSpec, target: TargetInfo, decisions: Decisions | None = None) -> tuple[Any, Any]:
-    """Return a TVM schedule, and what was decided."""
-    from tvmdcn.builder import new_schedule
-
-    sch = new_schedule(spec, target)
-    return sch, space_of(*SPACE).schedule(sch, spec, target, decisions)
-
-
-def blocks_of(sch) -> dict[str, tuple[Any, list[Any]]]:
-    """Return each block's realization and the loops around it, by name, in the order of the text."""
-    found = {}
-
-    def visit(stmt, loops):
-        if hasattr(stmt, "seq"):
-            for inner in stmt:
-                visit(inner, loops)
-        elif hasattr(stmt, "loop_var"):
-            visit(stmt.body, [*loops, stmt])
-        elif hasattr(stmt, "block"):
-            found[stmt.block.name_hint] = stmt, loops
-            visit(stmt.block.body, loops)
-
-    visit(sch.mod[SPACE[0]].body, [])
-    del found["root"]
-    return found
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_structure(kind):
     from tvm.tirx import ForKind
 
     spec = KINDS[kind]
     sch, made = scheduled(spec, HOST)
-    blocks = blocks_of(sch)
+    blocks = blocks_of(sch.mod[SPACE[0]])
     first = blocks["pixel_0"][0].block.annotations
     assert first[VARIANT] == made.variant
     assert first[TILE_UNITS] == made.values["tile_units"]
@@ -240,32 +213,6 @@ def test_decisions_survive_json():
 # --- machine code -------------------------------------------------------------------------------------------
 
 
-def assembly(spec: DeformConv2dSpec, target: TargetInfo) -> str:
-    from tvmdcn.builder import compile_schedule
-
-    return compile_schedule(spec, target, scheduled(spec, target)[0].mod).mod.inspect_source("s")
-
-
-def loops_of(code: str) -> list[list[str]]:
-    """Return the instructions of each loop, from the target of a jump backwards to the jump."""
-    lines = [re.split(r"\s*(?:#|//)", line)[0].strip() for line in code.splitlines()]
-    labels = {line[:-1]: index for index, line in enumerate(lines) if line.endswith(":")}
-    loops = []
-    for index, line in enumerate(lines):
-        words = line.split()
-        if len(words) > 1 and words[0][0] in "jbct" and labels.get(words[-1], index) < index:
-            body = lines[labels[words[-1]] : index + 1]
-            loops.append([text for text in body if text and not text.endswith(":") and text[0] != "."])
-    return loops
-
-
-JUMP = r"j|b\.|cb|tb|b "
-
-
-def matches(pattern: str, lines: list[str]) -> int:
-    return sum(re.match(pattern, line.expandtabs(1)) is not None for line in lines)
-
-
 # What keeps two FMA units busy has little else in its loop: no predicate, and no register spilled.
 PRODUCT_LOOPS = {
     # problem, processor: multiply-adds on which registers, at least how many, and as which part of the loop
@@ -277,8 +224,6 @@ PRODUCT_LOOPS = {
     ("edvr_align", "znver5"): (r"vfmadd\w+ps .*%zmm", 24, 0.55),
     ("grouped32", "znver5"): (r"vfmadd\w+ps .*%ymm", 12, 0.5),
 }
-STACK = r".*(%rsp|\[(sp|x29))"
-STORE = r"v?mov[au]p[sd] %.*\(|v?mov[dq\w]+ %[xyz]mm.*\(|st[rpu]+ [qvd]"
 
 
 @pytest.mark.parametrize(("problem", "processor"), PRODUCT_LOOPS)

@@ -22,7 +22,16 @@ from tvmdcn.providers_backward import named_results, torch_tensors
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.tensors import Gradients, Tensors
 
-__all__ = ["TINY", "measure_overhead", "prepare_autograd", "prepare_function", "prepare_module", "prepare_operator"]
+__all__ = [
+    "TINY",
+    "measure_first_result",
+    "measure_overhead",
+    "prepare_autograd",
+    "prepare_function",
+    "prepare_module",
+    "prepare_nothing",
+    "prepare_operator",
+]
 
 # One channel, one tap, as few pixels as make a whole unit of a kernel: the arithmetic takes well under a microsecond,
 # so a call is its overhead.
@@ -96,21 +105,42 @@ def measure_overhead(
     list of Measurement
         Fourteen per number of threads; failed ones with the reason.
     """
-    rows: list[Measurement] = []
+    options: dict[str, Any] = {"command": command, "on_row": on_row, "on_step": on_step}
+    rows = compare([TINY, TINY.backward], threads, _providers(schedule), protocol=protocol, **options)
+    return rows + measure_first_result(threads, schedule=schedule, problem=problem, processes=processes, **options)
 
-    def keep(row: Measurement) -> None:
-        rows.append(row)
-        if on_row is not None:
-            on_row(row)
 
-    options: dict[str, Any] = {"protocol": protocol, "command": command, "on_row": keep, "on_step": on_step}
-    compare([TINY, TINY.backward], threads, _providers(schedule), **options)
+def measure_first_result(
+    threads: Sequence[int] = (1,),
+    *,
+    schedule: str = "tuned",
+    problem: Problem = PROBLEMS["r50_c4"],
+    processes: int = 5,
+    command: str | None = None,
+    on_row: Callable[[Measurement], object] | None = None,
+    on_step: Callable[[str], object] | None = None,
+) -> list[Measurement]:
+    """Measure the time from import to the first result.
+
+    Parameters
+    ----------
+    threads, schedule, problem, processes, command, on_row, on_step
+        As of :func:`measure_overhead`.
+
+    Returns
+    -------
+    list of Measurement
+        One per number of threads; a failed one with the reason.
+    """
     provider = Provider(f"ours-{schedule}", "ours", None, schedule=schedule, measure="first_result")
     describe = describe_run(command)
+    rows = []
     for count in threads:
         if on_step is not None:
             on_step(f"first result of {processes} new processes, {count} threads")
-        keep(_first_result(problem, provider, count, processes, describe))
+        rows.append(_first_result(problem, provider, count, processes, describe))
+        if on_row is not None:
+            on_row(rows[-1])
     return rows
 
 

@@ -158,7 +158,7 @@ def prepare_grid_sample(
         base = tap[:, None, None, None] + pixel[:, None] if axis == 0 else tap[:, None, None] + pixel
         # grid_sample's coordinates: from -1 to 1 between the outer edges of the image, columns first.
         places.append((2 * (base + moved[:, :, :, :, axis]) + 1) / extent - 1)
-    blocks = _blocks(channels // spec.offset_groups, -(-threads // (batch * spec.offset_groups)))
+    blocks = _blocks(channels // spec.offset_groups, -(-threads // max(batch * spec.offset_groups, 1)))
     images = batch * spec.offset_groups * blocks
     grid = torch.stack(places[::-1], -1).reshape(batch, spec.offset_groups, 1, taps * size[0], size[1], 2)
     samples = torch.nn.functional.grid_sample(

@@ -7,14 +7,13 @@
             samples:          corners of each sample once: sums for offset and mask, added gradient, sample
             weight part:      [output channels x channels] in registers, over the pixels of the tile
 
-Structural variants, named ``<order>-<vectors>-<place>``:
+Structural variants, named ``<order>-<vectors>``:
 
 * order ``stored``: blocks of channels outside and parallel, tiles inside; the sampling plan (ten numbers a sample) and
   the output's gradient, laid out for both products, are prepared for whole images beforehand. ``own``: the same, but
   each block prepares them for itself, tile by tile. ``shared``: tiles outside, blocks inside and parallel; plan and
   output's gradient are prepared once per tile for all blocks, and threads wait for each other at each tile.
 * vectors of channels in the register tile of the column gradients.
-* place: column gradients are computed one ``tap`` at a time, just before they are used, or for a whole ``unit``.
 
 Read in assembly (AVX-512, r50_c3): the column gradients' inner loop is that of the forward (48 fused multiply-adds, 24
 broadcasts, 4 aligned loads for two steps), the weight's 32 with 16 and 4. A sample and two vectors of channels take 91
@@ -59,10 +58,8 @@ def variants(spec: DeformConv2dGradSpec, target: TargetInfo) -> list[str]:
         return ["bias"]
     vectors = _blocks(spec, target).vectors
     counts = [n for n in (2, 1, 4, 3) if vectors % n == 0] if _needs_columns(spec) else [1]
-    places = ["tap", "unit"] if _needs_columns(spec) else ["unit"]
-    # With many offset groups a stored plan is as large as the samples, and each block has a plan of its own anyway.
-    orders = ["stored", "own", "shared"] if spec.offset_groups == 1 else ["own", "shared", "stored"]
-    return [f"{order}-{count}-{place}" for count in counts for place in places for order in orders]
+    orders = ["own", "stored", "shared"]
+    return [f"{order}-{count}" for count in counts for order in orders]
 
 
 @design_space(FUNCTION, "llvm", variants=variants, naive=naive)
@@ -79,7 +76,7 @@ def deform_conv2d_grad(
     _whole_images(sch, block, spec, target)
     if variant == "bias":
         return
-    order, count, place = variant.split("-")
+    order, count = variant.split("-")
     shared = order == "shared"
 
     # The weight's gradient needs the samples of a tile: both stages are put under the same loops.
@@ -91,10 +88,10 @@ def deform_conv2d_grad(
         if not shared:
             sch.reorder(part_channels, part_task)
         sch.merge(sch.get_loops(block("samples"))[1], sch.get_loops(block("weight_part"))[1])
-    outer, inner, unit, tap = sch.get_loops(block("samples"))
+    outer, inner, unit = sch.get_loops(block("samples"))
     task, channels = (outer, inner) if shared else (inner, outer)
 
-    columns_init = _column_gradients(sch, block, spec, target, choices, int(count), tap if place == "tap" else unit)
+    columns_init = _column_gradients(sch, block, spec, target, choices, int(count), unit)
     weight_init = _weight_part(sch, block, spec, target, choices)
     places = {"shared": (task, task, task), "own": (unit, unit, task), "stored": (None, None, None)}[order]
     _plan(sch, block, spec, target, places[0], units_parallel=shared)
@@ -163,13 +160,13 @@ def _column_gradients(
     target: TargetInfo,
     choices: Choices,
     count: int,
-    at: Any,
+    unit: Any,
 ) -> tuple[Any, Any] | None:
     """Tile the product of output gradients and weight; return where its sums begin."""
     if not _needs_columns(spec):
         return None
     columns = block("grad_columns")
-    sch.compute_at(columns, at, preserve_unit_loops=True)
+    sch.compute_at(columns, unit, preserve_unit_loops=True)
     if is_depthwise(spec):
         sch.vectorize(sch.get_loops(columns)[-1])
         return None

@@ -18,7 +18,7 @@ from tvmdcn.te.channel_blocks import ChannelBlocks
 from tvmdcn.te.nests import TOKEN, block_nest, region, sequence, serial
 from tvmdcn.te.sampling import derivatives
 from tvmdcn.te.tiles import GRANULE, ITEM_BYTES, Tiles
-from tvmdcn.te.vectors import broadcast, cast_vector, lanes_at, strips, sum_lanes, vector_dtype
+from tvmdcn.te.vectors import broadcast, cast_vector, lanes_at, merge_lanes, strips, sum_lanes, vector_dtype
 
 __all__ = ["part_buffers", "samples_stage", "store_places"]
 
@@ -38,7 +38,7 @@ def part_buffers(spec: DeformConv2dGradSpec, tiles: Tiles, blocks: ChannelBlocks
 
 
 class _Samples:
-    """The code for one tap of one unit and block of channels."""
+    """The code for one unit and block of channels."""
 
     def __init__(
         self,
@@ -50,15 +50,19 @@ class _Samples:
     ) -> None:
         self.spec, self.tiles, self.blocks, self.buffers, self.parts = spec, tiles, blocks, buffers, parts
         self.acc, self.lanes = spec.accumulator_dtype, blocks.lanes
-        # Sums over channels, still one per lane.
-        self.scratch = tirx.decl_buffer((len(_CORNERS), GRANULE, self.lanes), self.acc, name="lane_sums")
+        # Sums over channels of the four corners, side by side in a vector; what is left of a corner's lanes is added
+        # up for several pixels at once.
+        self.lanes_left = max(self.lanes // len(_CORNERS), 1)
+        shape = (spec.taps, GRANULE, self.lanes_left * len(_CORNERS))
+        self.scratch = tirx.decl_buffer(shape, self.acc, name="lane_sums")
 
-    def body(self, c: Expr, t: Expr, u: Expr, k: Expr) -> tirx.Stmt:
+    def body(self, c: Expr, t: Expr, u: Expr) -> tirx.Stmt:
         """Return the walk over the pixels, then the sums."""
-        i = tirx.Var("i", "int32")
-        stages = [serial(i, GRANULE, sequence(self._pixel(c, t, u, k, i)))]
+        i, k, k_sums = (tirx.Var(name, "int32") for name in ("i", "k", "k_sums"))
+        taps = self.spec.taps
+        stages = [serial(i, GRANULE, serial(k, taps, sequence(self._pixel(c, t, u, k, i))))]
         if self.spec.grad_offset:
-            stages += self._sums(c, t, u, k)
+            stages.append(serial(k_sums, taps, sequence(self._sums(c, t, u, k_sums))))
         return sequence(stages)
 
     def _pixel(self, c: Expr, t: Expr, u: Expr, k: Expr, i: Expr) -> list[tirx.Stmt]:
@@ -108,27 +112,40 @@ class _Samples:
                 for place, weight in zip(places, share, strict=True):
                     old = tirx.BufferLoad(buffers["grad_image"], place)
                     once.append(tirx.BufferStore(buffers["grad_image"], old + weight * gradient, place))
-        for j, value in enumerate(sums):
-            code.append(tirx.BufferStore(self.scratch, value, [j, i, lanes_at(0, lanes)]))
+        if sums:
+            code += self._store_sums(sums, k, i)
         if once:
             fresh = i >= self.tiles.repeated(t, u)
             code.append(tirx.IfThenElse(fresh, sequence(once), sequence(again) if again else None))
         return code
 
+    def _store_sums(self, sums: list[Expr], k: Expr, i: Expr) -> list[tirx.Stmt]:
+        """Return the code that puts the corners' sums side by side, with as many lanes as fit."""
+        if self.lanes >= len(_CORNERS):
+            binds, together = merge_lanes(sums, self.acc, self.lanes, "corners")
+            return [*binds, tirx.BufferStore(self.scratch, together, [k, i, lanes_at(0, self.lanes)])]
+        stores = []
+        for j, value in enumerate(sums):
+            binds, single = sum_lanes(value, self.acc, self.lanes, f"corner_{j}")
+            stores += [*binds, tirx.BufferStore(self.scratch, single, [k, i, j])]
+        return stores
+
     def _sums(self, c: Expr, t: Expr, u: Expr, k: Expr) -> list[tirx.Stmt]:
         """Return the code that adds up the lanes, and makes derivatives of the sums; vectors along pixels."""
-        buffers, lanes, acc = self.buffers, self.lanes, self.acc
+        buffers, acc = self.buffers, self.acc
         # Through memory: TVM would see a bounded region of the parts, and shift them by its (wrong) begin.
         row, column = (tirx.BufferLoad(buffers[f"pixel_{axis}"], [t, u, 0]) for axis in (0, 1))
         first_pixel = row * self.tiles.out_width + column
         code: list[tirx.Stmt] = []
-        for first, side in strips(GRANULE, lanes):
-            totals = []
-            for j in range(len(_CORNERS)):
-                rows = [tirx.BufferLoad(self.scratch, [j, first + r, lanes_at(0, lanes)]) for r in range(side)]
-                binds, total = sum_lanes(rows, acc, lanes, f"f{first}_{j}")
-                code += binds
-                totals.append(total)
+        side, width = self.lanes_left, self.lanes_left * len(_CORNERS)
+        for first in range(0, GRANULE, side):
+            rows = [tirx.BufferLoad(self.scratch, [k, first + r, lanes_at(0, width)]) for r in range(side)]
+            binds, together = merge_lanes(rows, acc, width, f"pixels_{first}", within=side)
+            code += binds
+            totals = [
+                together if width == 1 else tirx.Shuffle([together], list(range(j * side, (j + 1) * side)))
+                for j in range(len(_CORNERS))
+            ]
             at = [c // self.blocks.of_offset_group, k, t, u, lanes_at(first, side)]
             fractions = [tirx.BufferLoad(buffers[f"fraction_{axis}"], at) for axis in (0, 1)]
             found = derivatives(fractions, totals, broadcast(tirx.const(1.0, acc), side))
@@ -138,7 +155,7 @@ class _Samples:
                     code.append(tirx.BufferStore(self.parts[name], value, place))
         return code
 
-    def reads(self, c: Expr, t: Expr, u: Expr, k: Expr) -> list[Any]:
+    def reads(self, c: Expr, t: Expr, u: Expr) -> list[Any]:
         """Return the regions read."""
         spec, buffers = self.spec, self.buffers
         names = [f"index_{name}" for name in _CORNERS]
@@ -146,25 +163,25 @@ class _Samples:
             names += [f"weight_{name}" for name in _CORNERS]
         if spec.grad_offset:
             names += ["fraction_0", "fraction_1"]
-        group = c // self.blocks.of_offset_group
-        found = [region(buffers[name], group, k, t, u, (0, GRANULE)) for name in names]
+        group, taps = c // self.blocks.of_offset_group, (0, spec.taps)
+        found = [region(buffers[name], group, taps, t, u, (0, GRANULE)) for name in names]
         if spec.grad_offset:
             found += [region(buffers[f"pixel_{axis}"], t, u, 0) for axis in (0, 1)]
         if spec.grad_input or spec.grad_offset:
             vectors = (0, self.blocks.vectors), (0, self.lanes)
-            found.append(region(buffers["grad_columns"], c, t, u, k, (0, GRANULE), *vectors))
+            found.append(region(buffers["grad_columns"], c, t, u, taps, (0, GRANULE), *vectors))
         if spec.grad_offset or spec.grad_weight:
             found.append(region(buffers["image"], (0, self.tiles.batch), TOKEN))
         return found
 
-    def writes(self, c: Expr, t: Expr, u: Expr, k: Expr) -> list[Any]:
+    def writes(self, c: Expr, t: Expr, u: Expr) -> list[Any]:
         """Return the regions written; of what is added to, or lies scattered, a token."""
         found = [region(part, *[TOKEN] * 4) for part in self.parts.values()]
         if self.spec.grad_input:
             found.append(region(self.buffers["grad_image"], t // self.tiles.tiles, TOKEN))
         if self.spec.grad_weight:
             vectors = (0, self.blocks.vectors), (0, self.lanes)
-            found.append(region(self.buffers["columns"], c, t, u, k, (0, GRANULE), *vectors))
+            found.append(region(self.buffers["columns"], c, t, u, (0, self.spec.taps), (0, GRANULE), *vectors))
         return found
 
 
@@ -175,7 +192,10 @@ def samples_stage(
     buffers: Mapping[str, tirx.Buffer],
     parts: Mapping[str, tirx.Buffer],
 ) -> tirx.Stmt:
-    """Return the stage ``samples``, one tap of one unit and block of channels at a time.
+    """Return the stage ``samples``, one unit and block of channels at a time.
+
+    All taps of a pixel come before the next pixel: their corners lie within a few pixels of each other, and of those of
+    the next, so that most of them are in the first-level cache.
 
     Parameters
     ----------
@@ -188,7 +208,7 @@ def samples_stage(
         See `part_buffers`.
     """
     code = _Samples(spec, tiles, blocks, buffers, parts)
-    extents = [("c", blocks.count), ("t", tiles.tasks), ("u", tiles.tile_units), ("k", spec.taps)]
+    extents = [("c", blocks.count), ("t", tiles.tasks), ("u", tiles.tile_units)]
     scratch = [code.scratch] if spec.grad_offset else []
     return block_nest("samples", extents, code.reads, code.writes, code.body, scratch)
 

@@ -14,6 +14,7 @@ __all__ = [
     "cast_vector",
     "from_bits",
     "lanes_at",
+    "merge_lanes",
     "strips",
     "sum_lanes",
     "to_bits",
@@ -117,47 +118,57 @@ def transpose_into(
     return statements + [emit(j, column) for j, column in enumerate(current)]
 
 
-def sum_lanes(rows: Sequence[Expr], dtype: str, lanes: int, name: str) -> tuple[list[tirx.Stmt], Expr]:
-    """Add up the lanes of each of several vectors.
+def merge_lanes(
+    rows: Sequence[Expr], dtype: str, lanes: int, name: str, within: int | None = None
+) -> tuple[list[tirx.Stmt], Expr]:
+    """Add up lanes of several vectors until the sums fit side by side into one.
 
     Parameters
     ----------
     rows : sequence of expressions
-        ``S`` vectors of `lanes` lanes, both powers of two, S no more than `lanes`.
+        ``S`` vectors of `lanes` lanes, both powers of two.
     dtype : str
         Element type.
     lanes : int
     name : str
         Prefix of the variables.
+    within : int, optional
+        Add up only within groups of so many lanes, at least S; all lanes by default.
 
     Returns
     -------
     statements : list of tirx.Stmt
-        About three instructions per row: each step adds the halves of two rows in one vector.
-    sums : expression
-        A vector of S lanes: the sum of each row.
+        Three instructions for each row but one: each step adds the halves of two rows in one vector.
+    merged : expression
+        A vector of `lanes` lanes. Of each group, the first ``within / S`` lanes add up to the sum of that group in the
+        first row, the next to that in the second, and so on.
     """
     statements: list[tirx.Stmt] = []
 
-    def bind(label: str, value: Expr, width: int) -> tirx.Var:
-        var = tirx.Var(f"{name}_{label}", vector_dtype(dtype, width))
+    def bind(label: str, value: Expr) -> tirx.Var:
+        var = tirx.Var(f"{name}_{label}", vector_dtype(dtype, lanes))
         statements.append(tirx.Bind(var, value))
         return var
 
-    current = [bind(f"row_{i}", row, lanes) for i, row in enumerate(rows)]
-    while lanes > len(rows):
-        lanes //= 2
-
-        def half(row: Expr, first: int, width: int = lanes) -> Expr:
-            return tirx.Shuffle([row], list(range(first, first + width)))
-
-        current = [bind(f"half_{lanes}_{i}", half(row, 0) + half(row, lanes), lanes) for i, row in enumerate(current)]
-    distance = len(rows) // 2
-    while distance:
-        pairs = [_exchange(current[i], current[i + distance], lanes, distance) for i in range(distance)]
-        current = [bind(f"sum_{distance}_{i}", a + b, lanes) for i, (a, b) in enumerate(pairs)]
+    current = [bind(f"row_{i}", row) for i, row in enumerate(rows)]
+    distance = lanes if within is None else within
+    while len(current) > 1:
         distance //= 2
+        half = len(current) // 2
+        pairs = [_exchange(current[i], current[i + half], lanes, distance) for i in range(half)]
+        current = [bind(f"merged_{distance}_{i}", a + b) for i, (a, b) in enumerate(pairs)]
     return statements, current[0]
+
+
+def sum_lanes(value: Expr, dtype: str, lanes: int, name: str) -> tuple[list[tirx.Stmt], Expr]:
+    """Add up the lanes of a vector, a power of two; return the statements and the sum."""
+    statements: list[tirx.Stmt] = []
+    while lanes > 1:
+        lanes //= 2
+        halves = [tirx.Shuffle([value], list(range(first, first + lanes))) for first in (0, lanes)]
+        value = tirx.Var(f"{name}_{lanes}", vector_dtype(dtype, lanes))
+        statements.append(tirx.Bind(value, halves[0] + halves[1]))
+    return statements, value
 
 
 def strips(count: int, lanes: int) -> list[tuple[int, int]]:
