@@ -16,7 +16,7 @@ from tvmdcn.measurement import Measurement
 from tvmdcn.problems import PROBLEMS
 from tvmdcn.report_data import SchedulePair, ScheduleView
 from tvmdcn.schedule_pairs import cached_pairs
-from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.target import detect_target
 
 SCHEDULES = {
@@ -74,6 +74,15 @@ def test_pair_of_a_measured_layer() -> None:
         )
         for name in ("layer", "again")
     ]
+
+
+def test_gradients_have_a_pair_of_their_own() -> None:
+    gradients = DeformConv2dGradSpec.of(SPEC)
+    for side in ("default", "tuned"):
+        build(side)
+        build(side, spec=gradients)
+    pairs = cached_pairs([row(), row(gradients), row(gradients, provider="ours-default")])
+    assert [pair.problem for pair in pairs] == ["layer", "layer backward"]
 
 
 def test_both_must_be_there_and_belong_to_the_row() -> None:

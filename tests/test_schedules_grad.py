@@ -9,19 +9,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from compiled import build_and_compare_gradients, gradients_of, runnable_targets
-from machine_code import JUMP, STACK, STORE, assembly, loops_of, matches
+from compiled import build_and_compare_gradients, runnable_targets
+from machine_code import JUMP, STACK, STORE, assembly, blocks_of, loops_of, matches, scheduled
 
-import tvmdcn
+from tvmdcn.builder import lanes_of
 from tvmdcn.problems import PROBLEMS
 from tvmdcn.space import TILE_UNITS, UNIT_BYTES, VARIANT, Decisions, space_of
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec
 from tvmdcn.target import TargetInfo, resolve_target
+from tvmdcn.te.channel_blocks import ChannelBlocks
+from tvmdcn.te.sampling import plan_blocks
+from tvmdcn.te.tiles import GRANULE
 
 # Largest error of a gradient over its own largest value: sums of up to 1400 products; for the halves the rounding of
 # what is stored.
@@ -93,11 +94,10 @@ def wanted() -> dict[str, Wanted]:
         name = f"{kind}-{variant}-{target.vector_bits}-{spec.dtype}-{spec.layout}-{asked}"
         found[name] = Wanted(spec, target, Decisions(variant, {}))
 
-    # There are six variants for each number of vectors, so 0, 7, 14, ... meet all of them and all numbers.
     for turn, (kind, spec) in enumerate(KINDS.items()):
-        add(kind, gradients(spec, turn), HOST, 7 * turn)
+        add(kind, gradients(spec, turn), HOST, turn)
         if spec.groups == 1 and spec.mask:
-            add(kind, gradients(spec, turn + 1), HOST, 7 * turn + 2)
+            add(kind, gradients(spec, turn + 1), HOST, turn + 4)
     others = [
         (dtype, layout, target)
         for dtype in TOLERANCES
@@ -119,18 +119,18 @@ def wanted() -> dict[str, Wanted]:
 DECIDED = {
     "small_registers": (
         "blocks",
-        "own-1-unit",
+        "own-1",
         {"register_pixels": 1, "unroll": 8, "weight_vectors": 1, "register_outputs": 1, "tile_units": 1},
     ),
     "large_registers": (
         "blocks",
-        "stored-2-tap",
+        "stored-2",
         {"register_pixels": 8, "unroll": 4, "weight_vectors": 2, "register_outputs": 12, "unroll_pixels": 2},
     ),
-    "all_pixels": ("plain", "shared-1-tap", {"register_pixels": 24, "unroll_pixels": 4, "tile_units": 48}),
+    "all_pixels": ("plain", "shared-1", {"register_pixels": 24, "unroll_pixels": 4, "tile_units": 48}),
     "three_vectors": (
         "three_vectors",
-        "shared-3-unit",
+        "shared-3",
         {"register_pixels": 4, "weight_vectors": 3, "register_outputs": 1, "unroll_pixels": 3, "tile_units": 3},
     ),
 }
@@ -183,9 +183,212 @@ def test_everything_comes_up():
     assert {tuple(getattr(job.spec, name) for name in FLAGS) for job in jobs} == set(SUBSETS)
     assert {(job.spec.border, job.spec.layout) for job in jobs} == set(itertools.product(BORDERS, ("NCHW", "NHWC")))
     plain = [job for job in jobs if (job.spec.dtype, job.spec.layout) == ("float32", "NCHW") and job.target is HOST]
-    parts = [tuple(job.decisions.variant.split("-")) for job in plain]
-    assert {(order, place) for order, _, place in parts} == set(
-        itertools.product(("stored", "own", "shared"), ("tap", "unit"))
-    )
+    parts = [job.decisions.variant.split("-") for job in plain]
+    assert {order for order, _ in parts} == {"stored", "own", "shared"}
     if HOST.vector_bits == 512:
-        assert {count for _, count, _ in parts} == {"1", "2", "3", "4"}
+        assert {count for _, count in parts} == {"1", "2", "3", "4"}
+
+
+def test_impossible_decisions_give_way_to_the_default():
+    spec = gradients(KINDS["plain"])
+    values = {"register_pixels": 99, "unroll": 7, "weight_vectors": 5, "register_outputs": 7, "unknown": 3}
+    default = scheduled(spec, HOST)[1]
+    assert (
+        scheduled(spec, HOST, Decisions("unknown", {**values, "tile_units": default.values["tile_units"]}))[1]
+        == default
+    )
+
+
+# --- what a schedule looks like -----------------------------------------------------------------------------
+
+# Stages whose inside the schedule leaves alone, or that are too little to matter.
+OPAQUE = {"channels_last", "samples", "grad_offset", "grad_weight", "grad_input"}
+SCALAR = {"pixel_0", "pixel_1", "bias_sum", "grad_bias"}
+# Stages of whole images, before and behind the tiles.
+WHOLE = {"channels_last", "grad_image", "grad_offset", "grad_weight", "grad_input", "bias_sum", "grad_bias"}
+WHOLE |= {"bias_part_init", "bias_part_update"}
+
+
+def structures() -> list[tuple[str, int]]:
+    """Return kinds and numbers of variants: the default of each, and all of two."""
+    chosen = [(kind, 0) for kind in KINDS]
+    for kind in ("blocks", "uneven_offset_groups"):
+        chosen += [(kind, number) for number in range(1, len(variants(gradients(KINDS[kind]), HOST)))]
+    return chosen
+
+
+@pytest.mark.parametrize(("kind", "number"), structures())
+def test_structure(kind, number):
+    from tvm.tirx import ForKind
+
+    spec = gradients(KINDS[kind])
+    variant = variants(spec, HOST)[number]
+    sch, made = scheduled(spec, HOST, Decisions(variant, {}))
+    order = variant.split("-")[0]
+    blocks = blocks_of(sch.mod[SPACE[0]])
+    noted = blocks["samples"][0].block.annotations
+    assert (noted[VARIANT], noted[TILE_UNITS]) == (variant, made.values["tile_units"])
+    assert noted[UNIT_BYTES] > 0
+    plan = {name for name in blocks if name in plan_blocks(2) or name in ("pixel_0", "pixel_1")}
+    tiles = {name for name in blocks if name not in WHOLE}
+    if order == "stored":
+        tiles -= {*plan, "grad_tile"}
+    task = blocks["samples"][1][order != "shared"].loop_var
+    for name, (realize, loops) in blocks.items():
+        kinds = [loop.kind for loop in loops]
+        # Everything has a constant extent inside a tile, also where channels are no multiple of a vector.
+        assert str(realize.predicate) in ("True", "T.bool(True)"), name
+        # Blocks of channels are parallel, outside of all or inside of a tile; so is the walk over whole images.
+        at = [depth for depth, kind in enumerate(kinds) if kind == ForKind.PARALLEL]
+        if name in tiles and order == "shared":
+            assert at == [] if name in SCALAR else len(at) == 1, name
+        else:
+            assert at == [0], name
+        assert any(loop.loop_var.same_as(task) for loop in loops) == (name in tiles), name
+        if name not in OPAQUE | SCALAR:
+            assert kinds[-1] == ForKind.VECTORIZED, name
+            assert int(loops[-1].extent) <= HOST.vector_bits // 32, name
+            assert kinds.count(ForKind.VECTORIZED) == 1, name
+    if "grad_columns_update" in blocks:
+        for name in ("grad_columns_update", "weight_part_update"):
+            assert {loop.kind for loop in blocks[name][1][-4:-1]} == {ForKind.UNROLLED}, name
+
+
+@pytest.mark.parametrize("asked", SUBSETS, ids=lambda asked: "".join("iowb"[i] for i in range(4) if asked[i]))
+def test_only_what_is_asked_for_is_computed(asked):
+    spec = gradients(KINDS["blocks"], 0, asked)
+    blocks = set(blocks_of(scheduled(spec, HOST)[0].mod[SPACE[0]]))
+    input, offset, weight, bias = asked
+    needed = {
+        "channels_last": offset or weight,
+        "samples": input or offset or weight,
+        "index_00": input or offset or weight,
+        "weight_00": input or weight,
+        "grad_columns_update": input or offset,
+        "grad_image": input,
+        "grad_input": input,
+        "grad_offset": offset,
+        "weight_part_update": weight,
+        "weight_sum": weight,
+        "grad_weight": weight,
+        "bias_part_update": bias,
+    }
+    assert {name for name in needed if name in blocks} == {name for name, present in needed.items() if present}
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def allocated(spec: DeformConv2dGradSpec, variant: str, scale: int) -> dict[str, int]:
+    """Return the elements of each intermediate of a call, for so many times 50 tiles of an image of 9600 pixels."""
+    import tvm
+    from tvm import s_tir, tirx
+
+    function = scheduled(spec, HOST, Decisions(variant, {}))[0].mod[SPACE[0]]
+    sizes = {"batch": 1, "size": 9600 * scale, "pixels": 9600 * scale, "height": 96, "width": 100 * scale}
+    sizes |= {"out_width": 100 * scale, "tile_units": 8, "tiles": 50 * scale, "tasks": 50 * scale}
+    known = {}
+    for param in function.params:
+        known[param] = sizes.get(param.name)
+        if hasattr(param, "shape"):
+            shape = [sizes[extent.name] if hasattr(extent, "name") else int(extent) for extent in param.shape]
+            alignment = param.data_alignment
+            known[param] = tirx.decl_buffer(shape, param.dtype, param.name, data_alignment=alignment)
+    # What the compiler does up to where it knows how much of each intermediate is alive at once.
+    names = ("CanonicalizeLoop", "LowerCrossThreadReduction", "LowerInitBlock", "PlanAndUpdateBufferAllocationLocation")
+    names += ("ConvertBlocksToOpaque", "CompactBufferAllocation")
+    passes = tvm.transform.Sequential([getattr(s_tir.transform, name)() for name in names])
+    found: dict[str, int] = {}
+
+    def visit(stmt: Any) -> None:
+        for inner in stmt if hasattr(stmt, "seq") else ():
+            visit(inner)
+        if hasattr(stmt, "block"):
+            found.update({b.name: math.prod(map(int, b.shape)) for b in stmt.block.alloc_buffers})
+            visit(stmt.block.body)
+        for name in ("body", "then_case", "else_case"):
+            if getattr(stmt, name, None) is not None:
+                visit(getattr(stmt, name))
+
+    visit(passes(tvm.IRModule({"main": function.specialize(known)}))["main"].body)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["blocks", "offset_groups", "crossing_groups", "depthwise"])
+@pytest.mark.parametrize("number", range(3))
+def test_columns_are_never_stored_whole(kind, number):
+    spec = gradients(KINDS[kind])
+    blocks = ChannelBlocks(spec, lanes_of(spec, HOST))
+    variant = variants(spec, HOST)[number]
+    once, twice = (allocated(spec, variant, scale) for scale in (1, 2))
+    assert once.keys() == twice.keys()
+    # Of columns and their gradients there is one tile of one block of channels.
+    for name in ("columns", "grad_columns"):
+        assert once[name] == twice[name] <= 8 * GRANULE * spec.taps * blocks.pitch, name
+    # What grows with the image has channels, or taps, or taps and blocks of channels: never taps and channels.
+    most = dict.fromkeys(("image", "grad_image"), blocks.count * blocks.pitch) | {"grad_tile": spec.out_channels}
+    most |= dict.fromkeys([*plan_blocks(2), "pixel_0", "pixel_1"], spec.taps * spec.offset_groups)
+    most |= dict.fromkeys(("mask_part", "place_0_part", "place_1_part"), spec.taps * blocks.count)
+    for name in once:
+        assert twice[name] - once[name] <= 9600 * most.get(name, 0), name
+
+
+# --- machine code -------------------------------------------------------------------------------------------
+
+# What keeps two FMA units busy has little else in its loop: no predicate, and no register spilled.
+PRODUCT_LOOPS = {
+    # processor: multiply-adds on which registers, at least how many for the column gradients and for the weight's part,
+    # as which part of the loop; arithmetic that is no vector's
+    "znver5": (r"vfmadd\w+ps .*%zmm", 24, 32, 0.55, r"v(f?n?m(ul|add|sub)\w*|add|sub)s[sd] "),
+    "cascadelake": (r"vfmadd\w+ps .*%zmm", 24, 16, 0.55, r"v(f?n?m(ul|add|sub)\w*|add|sub)s[sd] "),
+    "x86-64-v3": (r"vfmadd\w+ps .*%ymm", 12, 16, 0.5, r"v(f?n?m(ul|add|sub)\w*|add|sub)s[sd] "),
+    "llvm-aarch64": (r"fmla v\d+\.4s", 24, 16, 0.5, r"f(n?mul|n?madd|n?msub|add|sub) s\d"),
+}
+
+
+@pytest.fixture(scope="module")
+def codes(request, compilers):
+    """The machine code of the gradients of r50_c3 for the processors of the tests that were selected."""
+    calls = (getattr(item, "callspec", None) for item in request.session.items)
+    names = {call.params["processor"] for call in calls if call and "processor" in call.params} & PRODUCT_LOOPS.keys()
+    spec = DeformConv2dGradSpec.of(PROBLEMS["r50_c3"].spec)
+    return {name: compilers.submit(assembly, spec, resolve_target(name)) for name in names}
+
+
+def is_store(line: str) -> bool:
+    return bool(matches(STORE, [line])) and not matches(STACK, [line])
+
+
+@pytest.mark.parametrize("processor", PRODUCT_LOOPS)
+def test_product_loops(codes, processor):
+    pattern, columns, weight, share, _ = PRODUCT_LOOPS[processor]
+    made = scheduled(DeformConv2dGradSpec.of(PROBLEMS["r50_c3"].spec), resolve_target(processor))[1]
+    tile = made.values["register_pixels"] * int(made.variant.split("-")[1])
+    weight_tile = made.values["register_outputs"] * made.values["weight_vectors"]
+    # Samples multiply as well, and are stored; the products keep their sums in registers.
+    loops = [
+        loop
+        for loop in loops_of(codes[processor].result())
+        if matches(JUMP, loop) == 1 and matches(pattern, loop) >= 12 and not any(map(is_store, loop))
+    ]
+    counts = [matches(pattern, loop) for loop in loops]
+    assert any(count % tile == 0 and count >= columns for count in counts), counts
+    assert any(count % weight_tile == 0 and count >= weight for count in counts), counts
+    for loop, count in zip(loops, counts, strict=True):
+        assert matches(STACK, loop) == 0
+        assert count / len(loop) >= share
+
+
+@pytest.mark.parametrize("processor", PRODUCT_LOOPS)
+def test_sample_loop_is_vectorized(codes, processor):
+    """Two vectors of channels: the sums of four corners, a sample, and what is added to four corners."""
+    pattern, *_, scalar = PRODUCT_LOOPS[processor]
+    multiply = pattern.replace(r"vfmadd\w+ps", r"v(fmadd\w+|mul)ps").replace("fmla", "fm(la|ul)")
+    loops = [
+        loop
+        for loop in loops_of(codes[processor].result())
+        if sum(map(is_store, loop)) >= 8 and matches(multiply, loop) == 24 and matches(JUMP, loop) <= 4
+    ]
+    assert loops
+    for loop in loops:
+        assert matches(scalar, loop) == 0

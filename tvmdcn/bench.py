@@ -230,7 +230,7 @@ def _chosen(names: Sequence[str], pythons: Sequence[str], directions: Sequence[s
     "pythons",
     multiple=True,
     metavar="PROVIDER=INTERPRETER",
-    help="Run a provider in another environment, for a package that needs one; it must have NumPy and click.",
+    help="Run a provider in another environment, for a package that needs one; it must have NumPy.",
 )
 @click.option(
     "--rounds",

@@ -16,12 +16,12 @@ Structural variants, named ``<order>-<vectors>``:
 * vectors of channels in the register tile of the column gradients.
 
 Read in assembly (AVX-512, r50_c3): the column gradients' inner loop is that of the forward (48 fused multiply-adds, 24
-broadcasts, 4 aligned loads for two steps), the weight's 32 with 16 and 4. A sample and two vectors of channels take 91
-instructions, and most of the time waits for the second-level cache. Where the time goes (share of samples of perf
-record, shared-2-tap, Zen 5 server, one thread, 2026-11-22):
+broadcasts, 4 aligned loads for two steps), the weight's has 32, 16 and 4. A tap of a pixel and two vectors of channels
+take 106 instructions, and most of their time waits for the second-level cache. Where the time goes (share of samples of
+perf record, own-2, Zen 5 server, one thread, 2026-11-22):
 
-    layer    column gradients  samples  weight part  the rest
-    r50_c3        35 %           19 %       36 %       10 %
+    layer    column gradients  samples  weight part  plan  layouts, zeros, the output's gradient
+    r50_c3        34 %           17 %       34 %       4 %    11 %
 """
 
 from __future__ import annotations
@@ -93,17 +93,13 @@ def deform_conv2d_grad(
 
     columns_init = _column_gradients(sch, block, spec, target, choices, int(count), unit)
     weight_init = _weight_part(sch, block, spec, target, choices)
-    places = {"shared": (task, task, task), "own": (unit, unit, task), "stored": (None, None, None)}[order]
-    _plan(sch, block, spec, target, places[0], units_parallel=shared)
-    for name, at, needed in (("grad_tile", places[1], columns_init), ("weight_tile", places[2], weight_init)):
-        if needed:
-            _tile(sch, block(name), spec, target, at, units_parallel=shared)
+    plan_at, tile_at = {"shared": (task, task), "own": (unit, task), "stored": (None, None)}[order]
+    _plan(sch, block, spec, target, plan_at, units_parallel=shared)
+    _tile(sch, block("grad_tile"), spec, target, tile_at, units_parallel=shared)
     sch.parallel(channels)
 
-    # What a tile needs per pixel: its samples; as `own` the output's gradient, for the weight; as `shared` that twice,
-    # and ten numbers of the plan per sample.
-    numbers = spec.taps * _blocks(spec, target).pitch
-    numbers += {"stored": 0, "own": 1, "shared": 2}[order] * spec.out_channels
+    # What a tile needs per pixel: its samples; the output's gradient; as `shared` ten numbers of the plan per sample.
+    numbers = spec.taps * _blocks(spec, target).pitch + (spec.out_channels if order != "stored" else 0)
     numbers += 10 * spec.taps * spec.offset_groups if shared else 0
     unit_bytes = GRANULE * ITEM_BYTES[spec.accumulator_dtype] * numbers
     units = choices.pick("tile_units", TILE_UNIT_CHOICES, default_units(target, unit_bytes))

@@ -13,13 +13,13 @@ is mask * sum over corners of share * x[corner]::
 
 Work is divided into blocks of channels (`te/channel_blocks.py`), and output pixels are walked in tiles of units
 (`te/tiles.py`). Column gradients and samples exist for one tile and one block at a time. Pixels that a unit repeats
-count once: they are left out of what is added to the input's gradient, and are zeros in the sums over pixels.
+count once: they are left out of what is added to the input's gradient, and their samples are zeros for the weight's.
 
 Blocks, in order, those that are needed: ``channels_last``, ``grad_image`` (zeros, added to later), ``pixel_0``,
 ``pixel_1``, the sampling plan, ``grad_tile`` (the output's gradient of a unit), ``grad_columns``, ``samples``
-(`te/samples.py`), ``weight_tile`` (as ``grad_tile``, without what is repeated), ``weight_part`` (a tile's part of the
-weight's gradient), ``weight_sum``, ``grad_offset``, ``grad_weight``, ``grad_input``, ``bias_part``, ``bias_sum`` (NCHW
-only), ``grad_bias``. Their names are the contract with `schedules/`.
+(`te/samples.py`), ``weight_part`` (a tile's part of the weight's gradient), ``weight_sum``, ``grad_offset``,
+``grad_weight``, ``grad_input``, ``bias_part``, ``bias_sum`` (NCHW only), ``grad_bias``. Their names are the contract
+with `schedules/`.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int) -> tirx.PrimFunc:
     between: list[te.Tensor] = []
     results: list[te.Tensor] = []
     if spec.grad_input or spec.grad_offset or spec.grad_weight:
+        tile = _tile(tiles, grad_output)
         coordinates = tiles.coordinates()
         border_inside = spec.border == "torchvision"
         mask = given.get("mask")
@@ -92,7 +93,6 @@ def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int) -> tirx.PrimFunc:
         if spec.grad_offset:
             results += [*plan.fractions, *coordinates]
     if spec.grad_input or spec.grad_offset:
-        tile = _tile(tiles, grad_output, "grad_tile", repeated=True)
         results.append(_grad_columns(tiles, blocks, tile, given["weight"]))
     if spec.grad_input:
         between.append(te.placeholder(tiles.plane(spec.in_channels, tiles.size), dtype, name="grad_input"))
@@ -104,7 +104,6 @@ def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int) -> tirx.PrimFunc:
         columns = te.placeholder(shape, acc, name="columns")
         total = te.placeholder(packed_shape(spec, lanes), acc, name="weight_sum")
         between += [columns, total]
-        tile = _tile(tiles, grad_output, "weight_tile", repeated=False)
         results.append(_weight_part(tiles, blocks, tile, columns))
     if spec.grad_bias:
         results.append(_grad_bias(tiles, grad_output))
@@ -118,18 +117,17 @@ def _blocked(tiles: Tiles, blocks: ChannelBlocks) -> Blocked:
     return Blocked(blocks.count, blocks.width, blocks.pitch, tiles.size, blocks.lanes)
 
 
-def _tile(tiles: Tiles, grad_output: te.Tensor, name: str, repeated: bool) -> Callable[..., Expr]:
+def _tile(tiles: Tiles, grad_output: te.Tensor) -> Callable[..., Expr]:
     """Return the output's gradient at (task, unit, output channel, pixel), staged as it lies in memory."""
-    channels, acc = tiles.spec.out_channels, tiles.spec.accumulator_dtype
+    channels = tiles.spec.out_channels
 
     def value(t: Expr, u: Expr, o: Expr, i: Expr) -> Expr:
-        read = tiles.read(grad_output, t // tiles.tiles, o, tiles.first_pixel(t, u) + i)
-        return read if repeated else tirx.Select(i >= tiles.repeated(t, u), read, tirx.const(0.0, acc))
+        return tiles.read(grad_output, t // tiles.tiles, o, tiles.first_pixel(t, u) + i)
 
     if tiles.nchw:
-        staged = te.compute((*tiles.shape, channels, GRANULE), value, name=name)
+        staged = te.compute((*tiles.shape, channels, GRANULE), value, name="grad_tile")
         return lambda t, u, o, i: staged[t, u, o, i]
-    staged = te.compute((*tiles.shape, GRANULE, channels), lambda t, u, i, o: value(t, u, o, i), name=name)
+    staged = te.compute((*tiles.shape, GRANULE, channels), lambda t, u, i, o: value(t, u, o, i), name="grad_tile")
     return lambda t, u, o, i: staged[t, u, i, o]
 
 
@@ -202,7 +200,7 @@ def _assemble(staged: tirx.PrimFunc, spec: DeformConv2dGradSpec, blocks: Channel
 
     root = staged.body.block
     nests = {block_name(n): n for n in (root.body if isinstance(root.body, tirx.SeqStmt) else [root.body])}
-    late = ["weight_tile", "weight_part", "bias_part", "bias_sum", "grad_bias"]
+    late = ["weight_part", "bias_part", "bias_sum", "grad_bias"]
     stages = [nest for name, nest in nests.items() if name not in late]
     if "image" in buffers:
         source, target = buffers["input"], buffers["image"]
@@ -215,7 +213,7 @@ def _assemble(staged: tirx.PrimFunc, spec: DeformConv2dGradSpec, blocks: Channel
     if "index_00" in buffers:
         stages.append(samples_stage(spec, tiles, blocks, buffers, parts))
     if spec.grad_weight:
-        stages += [nests["weight_tile"], nests["weight_part"]]
+        stages.append(nests["weight_part"])
         stages.append(_weight_sum(buffers["weight_part"], buffers["weight_sum"], acc))
     if spec.grad_offset:
         places, stage = store_places(spec, tiles, blocks, buffers.get("mask"), parts, _PIXEL_LANES)
@@ -231,7 +229,7 @@ def _assemble(staged: tirx.PrimFunc, spec: DeformConv2dGradSpec, blocks: Channel
             if nchw
             else copy_blocks("grad_input", source, target, form, (acc, dtype), into=False)
         )
-    stages += [nests[name] for name in late[2:] if name in nests]
+    stages += [nests[name] for name in late[1:] if name in nests]
 
     outer = [buffers[name] for name in (*spec.inputs, *spec.outputs, *SCALARS)]
     named = {*spec.inputs, *spec.outputs, *SCALARS}
