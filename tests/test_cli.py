@@ -579,6 +579,12 @@ def test_next_command_looks_where_the_records_are() -> None:
         ),
         ("my-own", "variant my-own; a 1"),
         ("full", "variant full; all taps and channels sampled before the product; a 1"),
+        ("bias", "variant bias; sums of the output's gradient only; a 1"),
+        (
+            "own-2",
+            "variant own-2; sampling plan and output gradients prepared by each block of channels; "
+            "2 vectors of input channels in registers; a 1",
+        ),
     ],
 )
 def test_schedules_of_any_space_have_words(variant: str, words: str) -> None:

@@ -7,11 +7,19 @@ from tvmdcn.space import Decisions
 
 __all__ = ["describe_decisions"]
 
-# What the variants and the choices of schedules/llvm mean; what is not listed stands for itself.
-_REDUCTIONS = {
-    "full": "all taps and channels sampled before the product",
-    "split": "taps and channels sampled in chunks, whose products are added up",
-    "depthwise": "sampled and multiplied in one step",
+# What the variants and the choices of schedules/llvm mean; what is not listed stands for itself. By how the name of a
+# variant begins: what it does, and what the other parts of the name say.
+_OUTPUTS = ("{} vectors of output channels in registers", "sampling plan per {}")
+_INPUTS = ("{} vectors of input channels in registers",)
+_VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "full": ("all taps and channels sampled before the product", _OUTPUTS),
+    "split": ("taps and channels sampled in chunks, whose products are added up", _OUTPUTS),
+    "depthwise": ("sampled and multiplied in one step", ()),
+    # gradients
+    "stored": ("sampling plan and output gradients prepared once, for the whole call", _INPUTS),
+    "own": ("sampling plan and output gradients prepared by each block of channels", _INPUTS),
+    "shared": ("sampling plan and output gradients prepared tile by tile for all channels", _INPUTS),
+    "bias": ("sums of the output's gradient only", ()),
 }
 _CHOICES = {
     "register_pixels": "{} pixels in a register tile",
@@ -20,6 +28,9 @@ _CHOICES = {
     "taps": "{} taps sampled at a time",
     "channels": "{} channels sampled at a time",
     "unroll": "reduction unrolled {} times",
+    "weight_vectors": "weight's gradient with {} vectors of channels in registers",
+    "register_outputs": "weight's gradient with {} output channels in registers",
+    "unroll_pixels": "weight's gradient with its sum over pixels unrolled {} times",
 }
 
 
@@ -32,13 +43,13 @@ def describe_decisions(decisions: Decisions, granule: int) -> str:
     granule : int
         Pixels in a unit.
     """
-    reduction, *rest = decisions.variant.split("-")
+    first, *rest = decisions.variant.split("-")
     words = [f"variant {decisions.variant}"]
-    if reduction in _REDUCTIONS:
-        words.append(_REDUCTIONS[reduction])
-        if len(rest) == 2 and rest[0].isdecimal():
-            words.append(f"{rest[0]} vectors of output channels in registers")
-            words.append(f"sampling plan per {rest[1]}")
+    if first in _VARIANTS:
+        what, parts = _VARIANTS[first]
+        words.append(what)
+        if len(rest) == len(parts) and rest[:1] and rest[0].isdecimal():
+            words += [part.format(value) for part, value in zip(parts, rest, strict=True)]
     for name, value in decisions.values.items():
         words.append(_CHOICES.get(name, f"{name} {{}}").format(value, granule=granule))
     return "; ".join(words)

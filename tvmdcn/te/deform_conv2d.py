@@ -12,6 +12,7 @@ Blocks, in order: ``channels_last`` (NCHW only), ``pixel_0``, ``pixel_1``, the s
 
 from __future__ import annotations
 
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -198,7 +199,7 @@ def pack_weight(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
         else:
             moves = []
             for v in range(lanes):
-                moves += transpose_into([load(v)], bits_dtype(dtype), lambda j, one, v=v: emit(j, one, v), f"r{v}")
+                moves += transpose_into([load(v)], bits_dtype(dtype), partial(emit, v=v), f"r{v}")
         return serial(e, -(-row // side), sequence(moves))
 
     def everything(g: Any, b: Any) -> list[Any]:
