@@ -58,8 +58,8 @@ def variants(spec: DeformConv2dGradSpec, target: TargetInfo) -> list[str]:
         return ["bias"]
     vectors = _blocks(spec, target).vectors
     counts = [n for n in (2, 1, 4, 3) if vectors % n == 0] if _needs_columns(spec) else [1]
-    # Eight blocks repeat the plan eight times: r50_c4 takes 6.65 ms as `own` and 6.46 ms as `stored`; r50_c3, with four,
-    # 7.57 and 7.83 (Zen 5, two threads, 2026-11-22).
+    # Eight blocks repeat the plan eight times: r50_c4 takes 6.65 ms as `own` and 6.46 ms as `stored`; r50_c3, with
+    # four, 7.57 and 7.83 (Zen 5, two threads, 2026-11-22).
     orders = ["own", "stored"] if _blocks(spec, target).of_offset_group < 8 else ["stored", "own"]
     orders.append("shared")
     return [f"{order}-{count}" for count in counts for order in orders]
