@@ -67,10 +67,16 @@ class ChannelBlocks:
     def width(self) -> int:
         """The channels of a block."""
         run, lanes = _run(self.spec), self.lanes
-        # Two vectors feed a register kernel (r50_c3: 15.1 ms with two, 15.0 with four, 17.7 with one; Zen 5, one
-        # thread, 2026-11-22), and two blocks a second thread. What is not whole vectors wastes the rest of the last.
-        sizes = [size for size in range(1, min(run, 4 * lanes) + 1) if run % size == 0]
-        return min(sizes, key=lambda size: (-(-size // lanes) * lanes / size, abs(size - 2 * lanes)))
+        channels = self.spec.in_channels
+
+        def badness(size: int) -> tuple[float, bool, int]:
+            # What is not whole vectors wastes the rest of the last. A block feeds one thread, so one alone is only for
+            # what is no more than a vector. Two vectors feed a register kernel best (r50_c3: 15.1 ms with two, 15.0
+            # with four, 17.7 with one; Zen 5, one thread, 2026-11-22).
+            waste = -(-size // lanes) * lanes / size
+            return waste, size == channels and size > lanes, abs(size - 2 * lanes)
+
+        return min((size for size in range(1, min(run, 4 * lanes) + 1) if run % size == 0), key=badness)
 
     @property
     def count(self) -> int:

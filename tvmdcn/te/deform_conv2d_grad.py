@@ -84,7 +84,7 @@ def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int) -> tirx.PrimFunc:
     if spec.grad_input or spec.grad_offset or spec.grad_weight:
         tile = _tile(tiles, grad_output)
         coordinates = tiles.coordinates()
-        border_inside = spec.border == "torchvision"
+        border_inside = spec.grad_offset and spec.border == "torchvision"
         mask = given.get("mask")
         plan = tiles.sampling(coordinates, given["offset"], mask, blocks.pitch, tiles.size, border_inside)
         results += plan.indices

@@ -16,7 +16,7 @@ from tvm import te, tirx
 from tvmdcn.spec import DeformConv2dGradSpec
 from tvmdcn.te.channel_blocks import ChannelBlocks
 from tvmdcn.te.nests import TOKEN, block_nest, region, sequence, serial
-from tvmdcn.te.sampling import derivatives
+from tvmdcn.te.sampling import derivatives, on_border
 from tvmdcn.te.tiles import GRANULE, ITEM_BYTES, Tiles
 from tvmdcn.te.vectors import broadcast, cast_vector, lanes_at, merge_lanes, strips, sum_lanes, vector_dtype
 
@@ -50,6 +50,7 @@ class _Samples:
     ) -> None:
         self.spec, self.tiles, self.blocks, self.buffers, self.parts = spec, tiles, blocks, buffers, parts
         self.acc, self.lanes = spec.accumulator_dtype, blocks.lanes
+        self.border_inside = spec.grad_offset and spec.border == "torchvision"
         # Sums over channels of the four corners, side by side in a vector; what is left of a corner's lanes is added
         # up for several pixels at once.
         self.lanes_left = max(self.lanes // len(_CORNERS), 1)
@@ -116,6 +117,9 @@ class _Samples:
             code += self._store_sums(sums, k, i)
         if once:
             fresh = i >= self.tiles.repeated(t, u)
+            if self.border_inside:
+                fractions = [tirx.BufferLoad(buffers[f"fraction_{axis}"], at) for axis in (0, 1)]
+                fresh = tirx.all(fresh, tirx.Not(on_border(fractions, acc)))
             code.append(tirx.IfThenElse(fresh, sequence(once), sequence(again) if again else None))
         return code
 
@@ -149,6 +153,9 @@ class _Samples:
             at = [c // self.blocks.of_offset_group, k, t, u, lanes_at(first, side)]
             fractions = [tirx.BufferLoad(buffers[f"fraction_{axis}"], at) for axis in (0, 1)]
             found = derivatives(fractions, totals, broadcast(tirx.const(1.0, acc), side))
+            if self.border_inside:
+                zero = broadcast(tirx.const(0.0, acc), side)
+                found[0] = tirx.Select(on_border(fractions, acc, side), zero, found[0])
             place = [t // self.tiles.tiles, c, k, lanes_at(first_pixel + first, side)]
             for name, value in zip(_PARTS, found, strict=True):
                 if name in self.parts:

@@ -20,7 +20,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-__all__ = ["Plan", "derivatives", "interpolate", "plan_blocks", "sampling_plan"]
+__all__ = ["Plan", "derivatives", "interpolate", "on_border", "plan_blocks", "sampling_plan"]
 
 Expr = Any
 """A TIR expression."""
@@ -49,7 +49,8 @@ class Plan:
     weights : tuple of te.Tensor
         One per corner: the interpolation weight times the modulation mask.
     fractions : tuple of te.Tensor
-        One per spatial axis: how far a sample lies from its low corner to its high one.
+        One per spatial axis: how far a sample lies from its low corner to its high one. With `border_inside` it is -0.0
+        where the sample lies at exactly -1, so that its sign tells; see `on_border`.
     dtype : str
         Type of the weights.
     zero_pixel : bool
@@ -92,8 +93,8 @@ def sampling_plan(
     zero_pixel : expression, optional
         Number of a pixel that holds zeros, where the image has one.
     border_inside : bool
-        Whether a sample at exactly -1 has its high corner inside. Its value is 0 either way, but its derivative then is
-        the one-sided one (torchvision) instead of 0 (mmcv).
+        Whether a sample at exactly -1 has its high corner inside. Its value is 0 either way, which is for the caller to
+        see to (`on_border`), but its derivative then is the one-sided one (torchvision) instead of 0 (mmcv).
 
     Returns
     -------
@@ -136,7 +137,14 @@ def sampling_plan(
     sides = [[stage(f"{name}_{axis}", side(axis, bit)) for bit, name in enumerate(("low", "high"))] for axis in axes]
 
     def fraction(axis: int) -> Callable[..., Expr]:
-        return lambda *i: positions[axis](*i) - te.floor(positions[axis](*i))
+        def value(*i: Expr) -> Expr:
+            place = positions[axis](*i)
+            beyond = place - te.floor(place)
+            if border_inside:
+                beyond = tirx.Select(place == tirx.const(-1.0, dtype), tirx.const(-0.0, dtype), beyond)
+            return beyond
+
+        return value
 
     fractions = [stage(f"fraction_{axis}", fraction(axis)) for axis in axes]
 
@@ -191,6 +199,28 @@ def interpolate(plan: Plan, at: Sequence[Expr], read: Callable[[Expr], Expr]) ->
         term = weight(*at) * value
         total = term if total is None else total + term
     return total
+
+
+def on_border(fractions: Sequence[Expr], dtype: str, lanes: int = 1) -> Expr:
+    """Return whether samples lie at exactly -1 on some axis, from a plan with `border_inside`.
+
+    Such a sample is worth 0, but its corners inside have a share of 0, and 0 times an infinite element is NaN.
+
+    Parameters
+    ----------
+    fractions : sequence of expressions
+        Those of the plan, as they were loaded; vectors, to do several samples.
+    dtype : str
+        Their element type.
+    lanes : int
+    """
+    integer = dtype.replace("float", "int") + (f"x{lanes}" if lanes > 1 else "")
+    signs = [tirx.reinterpret(integer, fraction) for fraction in fractions]
+    together = signs[0]
+    for sign in signs[1:]:
+        together = tirx.bitwise_or(together, sign)
+    zero = tirx.const(0, dtype.replace("float", "int"))
+    return together < (tirx.Broadcast(zero, lanes) if lanes > 1 else zero)
 
 
 def derivatives(fractions: Sequence[Expr], sums: Sequence[Expr], one: Expr) -> list[Expr]:
