@@ -94,13 +94,14 @@ def build_only(spec: DeformConv2dSpec, schedule: str, cache_dir: Path) -> None:
 
 # --- gradients ----------------------------------------------------------------------------------------------
 
-# Several tiles and a last unit that overlaps; hardly more than one unit, or fewer; three images of several units, whose
-# tiles share a unit; strange places, and strange pixels.
+# Several units, the last of which overlaps; hardly more than one unit, or fewer; three images of several tiles; strange
+# places, and strange pixels, also where the border is.
 GRADIENT_CALLS = (
     (Extents(2, 9, 10), "border", "normal"),
     (Extents(1, 5, 6), "nan", "normal"),
     (Extents(3, 12, 13), "huge", "normal"),
-    (Extents(2, 8, 7), "far", "infinite"),
+    (Extents(1, 6, 9), "far", "normal"),
+    (Extents(2, 8, 7), "border", "infinite"),
 )
 _MOST_THREADS = 4
 

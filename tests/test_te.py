@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from compiled import Job, build_and_compare, runnable_targets
+from compiled import Job, build_and_compare, build_and_compare_gradients, runnable_targets
 from strategies import sampled_from_axis
 
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
@@ -124,6 +124,95 @@ def test_strips_of_pixels_cover_a_unit(count, lanes):
     assert all(size <= lanes and size & (size - 1) == 0 for _, size in strips)
 
 
+# --- structure of gradients ---------------------------------------------------------------------------------
+
+FLAGS = ("grad_input", "grad_offset", "grad_weight", "grad_bias")
+
+
+def gradients(spec: DeformConv2dSpec = ASYMMETRIC, **fields) -> DeformConv2dGradSpec:
+    return DeformConv2dGradSpec.of(spec, **fields)
+
+
+@pytest.mark.parametrize("asked", [a for a in itertools.product((True, False), repeat=4) if any(a)], ids=str)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_blocks_of_gradients_are_the_contract(layout, asked):
+    spec = gradients(changed(layout=layout), **dict(zip(FLAGS, asked, strict=True)))
+    names = names_of_blocks(function_of(spec).body.block.body)
+    image, offset, weight, bias = asked
+    sampled = image or offset or weight
+    plan = [name for name in PLAN if sampled and (image or weight or not name.startswith("weight"))]
+    first = ["channels_last"] if offset or weight else []
+    last = ["samples"] if sampled else []
+    last += ["weight_part", "weight_sum"] if weight else []
+    last += [f"grad_{name}" for name, needed in (("offset", offset), ("weight", weight), ("input", image)) if needed]
+    last += (["bias_part", "bias_sum", "grad_bias"] if layout == "NCHW" else ["bias_part", "grad_bias"]) if bias else []
+    between = ["pixel_0", "pixel_1", *plan, "grad_tile"] if sampled else []
+    between += (["grad_columns"] if image or offset else []) + (["grad_image"] if image else [])
+    assert names[: len(first)] == first
+    assert names[len(names) - len(last) :] == last
+    assert sorted(names) == sorted([*first, *between, *last])
+
+
+@pytest.mark.parametrize(("dtype", "item"), [("float16", 2), ("bfloat16", 2), ("float32", 4), ("float64", 8)])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_parameters_of_gradients_are_the_contract(layout, dtype, item):
+    channels = {"input": [6], "offset": [36], "mask": [18], "bias": [2]}
+    constant_extents = channels | {f"grad_{name}": extents for name, extents in channels.items()}
+    constant_extents |= {"grad_output": [2], "weight": [3, 6, 1, 1, 2], "grad_weight": [2, 18]}
+    for flags in ({}, {"grad_weight": False, "grad_bias": False}, {"grad_input": False, "grad_offset": False}):
+        spec = gradients(changed(layout=layout, dtype=dtype), **flags)
+        parameters = list(function_of(spec).params)
+        scalars = ["height", "width", "out_width", "tasks", "tiles", "tile_units"]
+        assert [p.name for p in parameters] == [*spec.inputs, *spec.outputs, *scalars]
+        for p in parameters[: len(spec.inputs + spec.outputs)]:
+            # The packed weight is the runtime's own, all else a caller's.
+            assert p.dtype == (spec.accumulator_dtype if p.name == "weight" else dtype), p.name
+            assert p.data_alignment == (64 if p.name == "weight" else item), p.name
+            constants = [int(extent) for extent in p.shape if str(extent).isdigit()]
+            assert constants == constant_extents[p.name], p.name
+
+
+BLOCK_LAYERS = (
+    ASYMMETRIC,
+    DeformConv2dSpec(3, 4),
+    DeformConv2dSpec(37, 8),
+    DeformConv2dSpec(61, 2),
+    DeformConv2dSpec(67, 3),
+    DeformConv2dSpec(256, 64),
+    DeformConv2dSpec(240, 12, groups=3, offset_groups=5),
+    DeformConv2dSpec(24, 48, groups=2, offset_groups=8),
+    DeformConv2dSpec(57, 6, offset_groups=3),
+    DeformConv2dSpec(8, 16, groups=8),
+    DeformConv2dSpec(40, 40, groups=40),
+    DeformConv2dSpec(42, 42, groups=42, offset_groups=6),
+)
+
+
+@pytest.mark.parametrize("vector_lanes", [2, 4, 8, 16])
+@pytest.mark.parametrize("spec", BLOCK_LAYERS, ids=lambda spec: spec.slug)
+def test_blocks_of_channels(spec, vector_lanes):
+    """A block is in one group and one offset group, and has few lanes that are padding."""
+    from tvmdcn.te.channel_blocks import ChannelBlocks, lanes_for
+
+    lanes = lanes_for(spec, vector_lanes)
+    assert lanes <= vector_lanes
+    blocks = ChannelBlocks(spec, lanes)
+    assert blocks.count * blocks.width == spec.in_channels
+    assert blocks.pitch == blocks.vectors * lanes >= blocks.width > blocks.pitch - lanes
+    assert blocks.width <= 4 * lanes
+    depthwise = spec.groups == spec.in_channels == spec.out_channels
+    in_group, out_group = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    in_offset_group = spec.in_channels // spec.offset_groups
+    for channel in range(spec.in_channels):
+        block, inside = divmod(channel, blocks.width)
+        vector, lane = divmod(inside, lanes)
+        assert channel // in_offset_group == block // blocks.of_offset_group
+        outputs = [blocks.out_channel(block, vector, lane, o) for o in range(blocks.outputs)]
+        group = channel // in_group
+        assert [int(o) for o in outputs] == list(range(group * out_group, (group + 1) * out_group))
+        assert depthwise or group == block // blocks.of_group
+
+
 # --- numbers of the parts -----------------------------------------------------------------------------------
 
 
@@ -218,6 +307,116 @@ def test_transposition_in_registers():
         np.testing.assert_array_equal(target, source.T)
 
 
+def test_lanes_are_merged_and_added_up():
+    from tvm import tirx
+    from tvm.s_tir.stmt import SBlock, SBlockRealize
+
+    from tvmdcn.te.vectors import lanes_at, merge_lanes, sum_lanes
+
+    def adder(rows: int, lanes: int, within: int | None, dtype: str):
+        source = tirx.decl_buffer((rows, lanes), dtype, name="source")
+        target = tirx.decl_buffer((lanes,), dtype, name="target")
+        total = tirx.decl_buffer((rows,), dtype, name="total")
+        loads = [tirx.BufferLoad(source, [row, lanes_at(0, lanes)]) for row in range(rows)]
+        body, merged = merge_lanes(loads, dtype, lanes, "m", within)
+        body.append(tirx.BufferStore(target, merged, [lanes_at(0, lanes)]))
+        for row, load in enumerate(loads):
+            binds, value = sum_lanes(load, dtype, lanes, f"s{row}")
+            body += [*binds, tirx.BufferStore(total, value, [row])]
+        block = SBlock([], [], [], "root", tirx.SeqStmt(body))
+        return tirx.PrimFunc([source, target, total], SBlockRealize([], True, block))
+
+    cases = [(1, 1, None), (1, 4, None), (2, 2, None), (4, 4, None), (4, 8, None), (4, 16, None), (8, 8, None)]
+    # Four corners side by side, as the gradients have them.
+    cases += [(1, 4, 1), (2, 8, 2), (4, 16, 4), (2, 16, 8)]
+    cases = [(*case, dtype) for case in cases for dtype in ("float32", "float64")]
+    compiled = compile_functions({f"a{i}": adder(*case) for i, case in enumerate(cases)})
+    rng = np.random.default_rng(0)
+    for i, (rows, lanes, within, dtype) in enumerate(cases):
+        source, target, total = (aligned(shape, dtype) for shape in ((rows, lanes), (lanes,), (rows,)))
+        # Whole numbers: sums are exact in whatever order.
+        source[...] = rng.integers(-1000, 1000, source.shape)
+        compiled[f"a{i}"](source, target, total)
+        np.testing.assert_array_equal(total, source.sum(1))
+        within = lanes if within is None else within
+        groups = source.reshape(rows, lanes // within, within).sum(2).T
+        np.testing.assert_array_equal(target.reshape(lanes // within, rows, within // rows).sum(2), groups)
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+def test_derivatives_are_those_of_the_interpolation(ndim):
+    """It is linear along each axis, so that a difference of any length is its derivative."""
+    from tvmdcn.te.sampling import derivatives
+
+    rng = np.random.default_rng(ndim)
+    corners = list(itertools.product((0, 1), repeat=ndim))
+    fractions, sums = rng.random((ndim, 50)), rng.standard_normal((len(corners), 50))
+
+    def interpolated(at: np.ndarray) -> np.ndarray:
+        shares = [math.prod(f if bit else 1 - f for bit, f in zip(bits, at, strict=True)) for bits in corners]
+        return (np.array(shares) * sums).sum(0)
+
+    modulation, *places = derivatives(list(fractions), list(sums), 1.0)
+    np.testing.assert_allclose(modulation, interpolated(fractions), rtol=0, atol=1e-14)
+    assert len(places) == ndim
+    for axis, found in enumerate(places):
+        ends = np.stack([fractions, fractions])
+        ends[0, axis], ends[1, axis] = 0, 1
+        np.testing.assert_allclose(found, interpolated(ends[1]) - interpolated(ends[0]), rtol=0, atol=1e-14)
+
+
+# Blocks, channels of a block, elements between its pixels, and lanes of a vector.
+BLOCKED = [(2, 16, 16, 16), (3, 5, 8, 8), (2, 3, 4, 4), (1, 37, 48, 16), (1, 61, 64, 16), (4, 1, 1, 1), (2, 19, 32, 16)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_blocked_images(dtype):
+    """From planes and from pixels to blocks of channels and back, for images smaller and larger than a vector."""
+    from tvm import tirx
+
+    from tvmdcn.te.layout import Blocked, copy_blocks, from_channels_last, to_channels_last
+    from tvmdcn.te.nests import whole_function
+
+    acc = "float64" if dtype == "float64" else "float32"
+
+    def functions(index: int, blocks: int, width: int, pitch: int, lanes: int) -> dict:
+        found = {}
+        for name in ("from_planes", "to_planes", "from_pixels", "to_pixels"):
+            n, size = tirx.Var("n", "int32"), tirx.Var("size", "int32")
+            form = Blocked(blocks, width, pitch, size, lanes)
+            planes = name.endswith("planes")
+            shape = (n, blocks * width, size) if planes else (n, size, blocks * width)
+            x = tirx.decl_buffer(shape, dtype, name="x")
+            image = tirx.decl_buffer((n, form.extent), acc, name="image")
+            if name == "from_planes":
+                stage = to_channels_last(x, image, form, dtype)
+            elif name == "to_planes":
+                stage = from_channels_last(image, x, form, acc, dtype)
+            elif name == "from_pixels":
+                stage = copy_blocks("copy", x, image, form, (dtype, acc), into=True)
+            else:
+                stage = copy_blocks("copy", image, x, form, (acc, dtype), into=False)
+            found[f"{name}_{index}"] = whole_function([x, image], stage)
+        return found
+
+    compiled = compile_functions({k: f for i, case in enumerate(BLOCKED) for k, f in functions(i, *case).items()})
+    rng = np.random.default_rng(0)
+    for (index, (blocks, width, pitch, _)), size in itertools.product(enumerate(BLOCKED), (1, 5, 7, 16, 33, 70)):
+        channels, image_shape = blocks * width, (2, blocks * (size + 1) * pitch)
+        planes = aligned((2, channels, size), dtype)
+        planes[...] = rng.standard_normal(planes.shape)
+        pixels = aligned((2, size, channels), dtype)
+        pixels[...] = planes.swapaxes(1, 2)
+        expected = np.zeros((2, blocks, size + 1, pitch), acc)
+        expected[:, :, :size, :width] = planes.reshape(2, blocks, width, size).swapaxes(2, 3)
+        for name, x in (("planes", planes), ("pixels", pixels)):
+            image, back = aligned(image_shape, acc), aligned(x.shape, dtype)
+            compiled[f"from_{name}_{index}"](x, image)
+            np.testing.assert_array_equal(image.reshape(expected.shape), expected)
+            compiled[f"to_{name}_{index}"](back, image)
+            np.testing.assert_array_equal(back, x)
+
+
 def test_packed_weights():
     from tvmdcn.te import operator_of
 
@@ -299,3 +498,24 @@ def naive_outcomes(compilers, session_cache_dir):
 @pytest.mark.parametrize("name", NAIVE)
 def test_naive_numbers(naive_outcomes, name):
     assert max(naive_outcomes[name].result().errors) <= TOLERANCES[NAIVE[name].dtype]
+
+
+NAIVE_GRADIENTS = {
+    "asymmetric": gradients(changed(layout="NHWC"), border="mmcv"),
+    "uneven": gradients(DeformConv2dSpec(19, 5, (1, 3), 1, (0, 1), dtype="float16")),
+}
+
+
+@pytest.fixture(scope="module")
+def naive_gradients(compilers, session_cache_dir):
+    return {
+        name: compilers.submit(build_and_compare_gradients, spec, HOST, "naive", session_cache_dir)
+        for name, spec in NAIVE_GRADIENTS.items()
+    }
+
+
+@pytest.mark.parametrize("name", NAIVE_GRADIENTS)
+def test_naive_numbers_of_gradients(naive_gradients, name):
+    outcome = naive_gradients[name].result()
+    assert max(outcome.errors.values()) <= TOLERANCES[NAIVE_GRADIENTS[name].dtype]
+    assert outcome.unsteady == set()
