@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -121,11 +122,52 @@ def gradients_of(kernel: GradKernel, arguments: dict[str, np.ndarray]) -> dict[s
 
 @dataclass(frozen=True)
 class GradientOutcome:
-    """What came out: the schedule, each gradient's largest error, and those that depend on threads or change."""
+    """What came out.
+
+    Attributes
+    ----------
+    schedule : dict
+        The manifest's account of it.
+    errors : dict
+        Each gradient's largest error.
+    unsteady : set
+        The gradients that depend on the number of threads, change from call to call, or depend on where tensors lie.
+    overrun : set
+        The gradients that are written beyond their memory.
+    """
 
     schedule: dict
     errors: dict[str, float]
     unsteady: set[str]
+    overrun: set[str]
+
+
+_BESIDE = 65
+
+
+def _anywhere(kernel: GradKernel, arguments: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], set[str]]:
+    """Call a kernel with tensors that lie at multiples of nothing but their items.
+
+    Returns
+    -------
+    gradients : dict
+    overrun : set
+        Those that were written beyond their memory.
+    """
+    moved = {}
+    for name, array in arguments.items():
+        moved[name] = np.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
+        moved[name][...] = array
+    given = [moved.get(name) for name in ("grad_output", "input", "offset", "weight", "mask")]
+    names = kernel.spec.outputs
+    shapes = {"grad_bias": (kernel.spec.out_channels,)}
+    shapes |= {name: arguments[name.removeprefix("grad_")].shape for name in names if name != "grad_bias"}
+    dtype = arguments["grad_output"].dtype
+    memory = {name: np.full(math.prod(shapes[name]) + 2 * _BESIDE, 7, dtype) for name in names}
+    found = {name: memory[name][_BESIDE:-_BESIDE].reshape(shapes[name]) for name in names}
+    kernel._gradients(*given, list(found.values()))
+    beside = {name: np.concatenate([memory[name][:_BESIDE], memory[name][-_BESIDE:]]) for name in names}
+    return found, {name for name in names if (beside[name] != 7).any()}
 
 
 @functools.cache
@@ -144,15 +186,16 @@ def build_and_compare_gradients(
 
     def compare() -> GradientOutcome:
         kernels = [GradKernel(artifact, threads) for threads in range(_MOST_THREADS, 0, -1)]
-        errors, unsteady = dict.fromkeys(spec.outputs, 0.0), set()
+        errors, unsteady, overrun = dict.fromkeys(spec.outputs, 0.0), set(), set()
         for seed, (extents, offsets, image) in enumerate(GRADIENT_CALLS):
             arguments = gradient_arguments(Case(spec, extents, offsets, image, False, seed))
             found = gradients_of(kernels[0], arguments)
             for name, expected in expected_gradients(spec, arguments).items():
                 errors[name] = max(errors[name], error_of(found[name], expected))
-            for kernel in kernels:
-                again = gradients_of(kernel, arguments)
+            elsewhere, beyond = _anywhere(kernels[0], arguments)
+            overrun |= beyond
+            for again in (elsewhere, *(gradients_of(kernel, arguments) for kernel in kernels)):
                 unsteady |= {name for name in found if again[name].tobytes() != found[name].tobytes()}
-        return GradientOutcome(dict(artifact.schedule), errors, unsteady)
+        return GradientOutcome(dict(artifact.schedule), errors, unsteady, overrun)
 
     return _caller().submit(compare).result()

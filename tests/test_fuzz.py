@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random layers on random images, against ONNX Runtime and against the reference.
+"""Random layers on random images, against ONNX Runtime and against the reference; and their gradients.
 
 Layers are drawn once, from a fixed seed, because each takes a second to compile; sizes, offsets and values
 are drawn anew for each.
@@ -14,20 +14,23 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from compiled import build_only, error_of, run
+from compiled import build_only, error_of, gradient_arguments, gradients_of, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx_oracle import run_onnxruntime
 from strategies import FINITE_OFFSETS, IMAGES, NON_FINITE_IMAGES, NON_FINITE_OFFSETS, Case
 
 import tvmdcn
+from tvmdcn.grad_kernel import GradKernel
+from tvmdcn.kernel import Kernel
 from tvmdcn.problems import Tensors
 from tvmdcn.reference import reference
-from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.reference_grad import expected_gradients
+from tvmdcn.spec import BORDERS, DeformConv2dGradSpec, DeformConv2dSpec, Extents
 
 # Largest error over the largest value a sum's terms could add up to; for the halves the output's rounding.
 TOLERANCES = {"float64": 1e-13, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
-LAYERS, OTHER_LAYERS = 26, 8
+LAYERS, OTHER_LAYERS, GRADIENTS = 26, 8, 8
 EXAMPLES = 20
 assert LAYERS * EXAMPLES >= 500
 
@@ -62,8 +65,22 @@ def draw_layers() -> tuple[list[DeformConv2dSpec], list[DeformConv2dSpec]]:
     return [draw_layer(rng, "float32") for _ in range(LAYERS)], [draw_layer(rng, dtype) for dtype in others]
 
 
+def draw_gradients(count: int = GRADIENTS, seed: int = 20261123) -> list[DeformConv2dGradSpec]:
+    """Return gradients of layers in all dtypes: all of a layer's, or some."""
+    rng = random.Random(seed)
+    found = []
+    for index in range(count):
+        drawn = draw_layer(rng, ("float32", "float64", "bfloat16", "float32", "float16")[index % 5])
+        asked = rng.choice(([True] * 4, [True] * 4, [True, True, False, True], [rng.random() < 0.5 for _ in range(4)]))
+        flags = dict(zip(("grad_input", "grad_offset", "grad_weight", "grad_bias"), asked, strict=True))
+        flags["grad_input"] |= not any(asked)
+        found.append(DeformConv2dGradSpec.of(drawn, **flags, border=rng.choice(BORDERS)))
+    return found
+
+
 FLOAT32, OTHERS = draw_layers()
 ALL = [*FLOAT32, *OTHERS]
+BACKWARD = draw_gradients()
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +139,14 @@ def check(case: Case, found: np.ndarray, expected: np.ndarray) -> None:
     assert error_of(found, expected) * own <= TOLERANCES[case.spec.dtype] * max(scale_of(case), own)
 
 
-def fuzz(spec: DeformConv2dSpec, offsets: Sequence[str], images: Sequence[str], examples: int, compare) -> None:
-    """Call `compare` with that many cases; with the same ones again where CI is set."""
+def call_forward(kernel: Kernel, case: Case) -> np.ndarray:
+    return run(kernel, case.tensors)
+
+
+def fuzz(
+    spec: DeformConv2dSpec, offsets: Sequence[str], images: Sequence[str], examples: int, compare, call=call_forward
+) -> None:
+    """Call `compare` with that many cases and what the kernel makes of them; with the same ones again if CI is set."""
     kernel = tvmdcn.load(spec)
     seen = 0
 
@@ -137,7 +160,7 @@ def fuzz(spec: DeformConv2dSpec, offsets: Sequence[str], images: Sequence[str], 
     def body(case: Case) -> None:
         nonlocal seen
         seen += 1
-        compare(case, run(kernel, case.tensors))
+        compare(case, call(kernel, case))
 
     body()
     assert seen >= examples
@@ -169,6 +192,39 @@ def test_strange_values_are_as_in_the_reference(builds, layer):
     fuzz(layer, offsets, (*IMAGES, *NON_FINITE_IMAGES, *NON_FINITE_IMAGES), 10, compare)
 
 
+# Which arguments the terms are products of, whose sum a gradient is.
+FACTORS = {
+    "grad_input": ("grad_output", "weight", "mask"),
+    "grad_offset": ("grad_output", "weight", "mask", "input"),
+    "grad_mask": ("grad_output", "weight", "input"),
+    "grad_weight": ("grad_output", "mask", "input"),
+    "grad_bias": ("grad_output",),
+}
+
+
+def check_gradients(case: Case, found: dict[str, np.ndarray]) -> None:
+    arguments = gradient_arguments(case)
+    largest = {name: np.abs(a[np.isfinite(a)].astype(np.float64)).max(initial=0) for name, a in arguments.items()}
+    expected = expected_gradients(case.spec, arguments)
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        own = max(np.abs(wanted[np.isfinite(wanted)]).max(initial=0), 1e-30)
+        scale = float(np.prod([largest.get(factor, 1) for factor in FACTORS[name]]))
+        assert error_of(found[name], wanted) * own <= TOLERANCES[case.spec.dtype] * max(scale, own), name
+
+
+@pytest.mark.parametrize("layer", BACKWARD, ids=lambda spec: spec.slug)
+def test_gradients_are_those_of_the_reference(builds, layer):
+    builds[layer].result()
+
+    def call(kernel: GradKernel, case: Case) -> dict[str, np.ndarray]:
+        return gradients_of(kernel, gradient_arguments(case))
+
+    offsets = (*FINITE_OFFSETS, *NON_FINITE_OFFSETS)
+    images = (*IMAGES, *NON_FINITE_IMAGES)
+    fuzz(layer, offsets, images, EXAMPLES, check_gradients, call)
+
+
 def test_layers_are_of_all_kinds():
     """The seed is fixed; should it change, it must not lose a kind."""
     crossing = [s for s in ALL if s.groups > 1 and s.offset_groups > 1 and s.groups != s.offset_groups]
@@ -180,3 +236,9 @@ def test_layers_are_of_all_kinds():
     assert {s.kernel_size for s in FLOAT32} >= {(1, 1), (3, 3), (5, 5), (3, 2)}
     assert any(s.out_channels // s.groups % 8 for s in FLOAT32)
     assert len(set(ALL)) == LAYERS + OTHER_LAYERS
+    assert len(set(BACKWARD)) == GRADIENTS
+    assert {s.layout for s in BACKWARD} == {"NCHW", "NHWC"}
+    assert {s.dtype for s in BACKWARD} == set(TOLERANCES)
+    assert {s.border for s in BACKWARD if s.grad_offset} == set(BORDERS)
+    assert any(s.groups > 1 for s in BACKWARD)
+    assert any(s.offset_groups > 1 for s in BACKWARD)

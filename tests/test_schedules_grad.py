@@ -11,22 +11,28 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
-from compiled import build_and_compare_gradients, runnable_targets
+from compiled import build_and_compare_gradients, build_only, error_of, gradients_of, run, runnable_targets
 from machine_code import JUMP, STACK, STORE, assembly, blocks_of, loops_of, matches, scheduled
 
+import tvmdcn
 from tvmdcn.builder import lanes_of
-from tvmdcn.problems import PROBLEMS
+from tvmdcn.problems import PROBLEMS, real_layer
+from tvmdcn.reference_grad import expected_gradients
+from tvmdcn.schedule_words import describe_decisions
 from tvmdcn.space import TILE_UNITS, UNIT_BYTES, VARIANT, Decisions, space_of
-from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo, resolve_target
 from tvmdcn.te.channel_blocks import ChannelBlocks
 from tvmdcn.te.sampling import plan_blocks
 from tvmdcn.te.tiles import GRANULE
+from tvmdcn.tensors import make_gradient_tensors
 
 # Largest error of a gradient over its own largest value: sums of up to 1400 products; for the halves the rounding of
 # what is stored.
-TOLERANCES = {"float64": 1e-14, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
+TOLERANCES = {"float64": 1e-14, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3, "real layer": 1e-5}
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 FLAGS = ("grad_input", "grad_offset", "grad_weight", "grad_bias")
 SUBSETS = [flags for flags in itertools.product((True, False), repeat=4) if any(flags)]
 BORDERS = ("torchvision", "mmcv")
@@ -100,7 +106,7 @@ def wanted() -> dict[str, Wanted]:
             add(kind, gradients(spec, turn + 1), HOST, turn + 4)
     others = [
         (dtype, layout, target)
-        for dtype in TOLERANCES
+        for dtype in DTYPES
         for layout in ("NCHW", "NHWC")
         for target in TARGETS.values()
         if (dtype, layout, target) != ("float32", "NCHW", HOST)
@@ -163,9 +169,46 @@ def test_numbers(gradient_outcomes, gradient_job):
 
 
 @pytest.mark.parametrize("gradient_job", JOBS)
-def test_threads_do_not_change_a_bit(gradient_outcomes, gradient_job):
-    """On 1, 2, 3 and 4 threads, with several tiles in each of several images, and in repeated calls."""
+def test_nothing_changes_a_bit(gradient_outcomes, gradient_job):
+    """On 1, 2, 3 and 4 threads, with several tiles in several images, in repeated calls, and wherever tensors lie."""
     assert gradient_outcomes[gradient_job].result().unsteady == set()
+
+
+@pytest.mark.parametrize("gradient_job", JOBS)
+def test_nothing_is_written_beside_the_gradients(gradient_outcomes, gradient_job):
+    assert gradient_outcomes[gradient_job].result().overrun == set()
+
+
+# Besides the images above: none, one output pixel, 23, 24, 25, 48, 49 (around one and two units), many images.
+SIZES = (
+    *(Extents(0, 9, 9), Extents(1, 1, 1), Extents(3, 1, 9), Extents(1, 1, 23), Extents(2, 4, 6), Extents(1, 5, 5)),
+    *(
+        Extents(1, 6, 8),
+        Extents(2, 7, 7),
+        Extents(33, 5, 4),
+        Extents(1, 100, 1),
+        Extents(1, 1, 100),
+        Extents(2, 37, 41),
+    ),
+)
+SIZED = {layout: gradients(layer(24, 20, layout=layout)) for layout in ("NCHW", "NHWC")}
+
+
+@pytest.fixture(scope="module")
+def sized_builds(compilers, session_cache_dir):
+    return {layout: compilers.submit(build_only, spec, "tuned", session_cache_dir) for layout, spec in SIZED.items()}
+
+
+@pytest.mark.parametrize("layout", SIZED)
+def test_one_kernel_for_all_sizes(sized_builds, layout):
+    sized_builds[layout].result()
+    spec = SIZED[layout]
+    kernel = tvmdcn.load(spec)
+    for seed, extents in enumerate(SIZES):
+        arguments = make_gradient_tensors(spec, extents, seed)
+        found = gradients_of(kernel, arguments)
+        for name, expected in expected_gradients(spec, arguments).items():
+            assert error_of(found[name], expected) <= TOLERANCES[spec.dtype], (name, extents)
 
 
 @pytest.mark.parametrize("gradient_job", DECIDED)
@@ -179,7 +222,7 @@ def test_everything_comes_up():
     """The table above is a choice; should it change, it must not lose a value."""
     jobs = list(JOBS.values())
     combinations = {(job.target.vector_bits, job.spec.dtype, job.spec.layout) for job in jobs}
-    assert len(combinations) == len(TARGETS) * len(TOLERANCES) * 2
+    assert len(combinations) == len(TARGETS) * len(DTYPES) * 2
     assert {tuple(getattr(job.spec, name) for name in FLAGS) for job in jobs} == set(SUBSETS)
     assert {(job.spec.border, job.spec.layout) for job in jobs} == set(itertools.product(BORDERS, ("NCHW", "NHWC")))
     plain = [job for job in jobs if (job.spec.dtype, job.spec.layout) == ("float32", "NCHW") and job.target is HOST]
@@ -187,6 +230,31 @@ def test_everything_comes_up():
     assert {order for order, _ in parts} == {"stored", "own", "shared"}
     if HOST.vector_bits == 512:
         assert {count for _, count in parts} == {"1", "2", "3", "4"}
+
+
+REAL = ("aliked_b3c1", "aliked_b4c1")
+
+
+@pytest.fixture(scope="module")
+def real_builds(real_layers_folder, compilers, session_cache_dir):
+    specs = [PROBLEMS[name].spec for name in REAL]
+    specs += [DeformConv2dGradSpec.of(spec) for spec in specs]
+    return {spec: compilers.submit(build_only, spec, "tuned", session_cache_dir) for spec in specs}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_layers_forward_and_backward(real_builds, real_layers_folder, name):
+    tensors, output = real_layer(name, real_layers_folder)
+    spec = PROBLEMS[name].spec
+    backward = DeformConv2dGradSpec.of(spec)
+    for needed in (spec, backward):
+        real_builds[needed].result()
+    assert error_of(run(tvmdcn.load(spec), tensors), output) <= TOLERANCES["real layer"]
+    arguments = {name: array for name, array in vars(tensors).items() if array is not None}
+    arguments["grad_output"] = np.random.default_rng(0).standard_normal(output.shape, dtype=np.float32)
+    found = gradients_of(tvmdcn.load(backward), arguments)
+    for name, expected in expected_gradients(backward, arguments).items():
+        assert error_of(found[name], expected) <= TOLERANCES["real layer"], name
 
 
 def test_impossible_decisions_give_way_to_the_default():
@@ -254,6 +322,16 @@ def test_structure(kind, number):
     if "grad_columns_update" in blocks:
         for name in ("grad_columns_update", "weight_part_update"):
             assert {loop.kind for loop in blocks[name][1][-4:-1]} == {ForKind.UNROLLED}, name
+
+
+@pytest.mark.parametrize("asked", SUBSETS[:2] + SUBSETS[-1:])
+def test_every_decision_has_words(asked):
+    spec = gradients(KINDS["blocks"], 0, asked)
+    for number, variant in enumerate(variants(spec, HOST)[:3]):
+        made = scheduled(spec, HOST, Decisions(variant, {}))[1]
+        _, *words = describe_decisions(made, GRANULE).split("; ")
+        assert len(words) == 1 + (variant != "bias") + len(made.values), number
+        assert not any(name in word for word in words for name in made.values if "_" in name)
 
 
 @pytest.mark.parametrize("asked", SUBSETS, ids=lambda asked: "".join("iowb"[i] for i in range(4) if asked[i]))

@@ -158,7 +158,7 @@ def test_blocks_of_gradients_are_the_contract(layout, asked):
 def test_parameters_of_gradients_are_the_contract(layout, dtype, item):
     channels = {"input": [6], "offset": [36], "mask": [18], "bias": [2]}
     constant_extents = channels | {f"grad_{name}": extents for name, extents in channels.items()}
-    constant_extents |= {"grad_output": [2], "weight": [3, 6, 1, 1, 2], "grad_weight": [2, 18]}
+    constant_extents |= {"grad_output": [2], "weight": [6, 6, 1, 1, 4], "grad_weight": [2, 18]}
     for flags in ({}, {"grad_weight": False, "grad_bias": False}, {"grad_input": False, "grad_offset": False}):
         spec = gradients(changed(layout=layout, dtype=dtype), **flags)
         parameters = list(function_of(spec).params)
