@@ -40,8 +40,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tvmdcn
-from tvmdcn.bench_protocol import turn_order
-from tvmdcn.measurement import identify_machine, identify_versions, percentile
+from tvmdcn.bench.measurement import identify_machine, identify_versions, percentile
+from tvmdcn.bench.protocol import turn_order
 from tvmdcn.threads import thread_count
 
 SIZE = 32  # pixels of an image, per side

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tvmdcn.bench_protocol import Protocol
+from tvmdcn.bench.protocol import Protocol
+from tvmdcn.bench.providers import Provider
 from tvmdcn.problems import TEST_PROBLEMS
-from tvmdcn.providers import Provider
 
 FAKES = Path(__file__).with_name("fake_providers.py")
 SMALL = TEST_PROBLEMS["asymmetric_single"]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from tvmdcn.measurement import Measurement
+from tvmdcn.bench.measurement import Measurement
 from tvmdcn.problems import PROBLEMS
 
 GRADIENTS = PROBLEMS["r50_c4"].backward.spec

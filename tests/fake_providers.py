@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tvmdcn.providers import Prepared, Unsupported
+from tvmdcn.bench.providers import Prepared, Unsupported
 from tvmdcn.reference import reference
 from tvmdcn.reference_grad import expected_gradients
 

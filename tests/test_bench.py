@@ -21,17 +21,18 @@ from bench_fakes import FAKES, QUICK, SMALL, fake
 from bench_rows import row
 from click.testing import CliRunner
 
-from tvmdcn import bench, bench_protocol
-from tvmdcn.bench import benchmark_command, section_table
-from tvmdcn.bench_inputs import Expected, Inputs, relative_error
-from tvmdcn.bench_process import Worker, WorkerError
-from tvmdcn.bench_protocol import Protocol, compare, turn_order
-from tvmdcn.bench_words import describe_layer
-from tvmdcn.bench_worker import load_tensors, save_tensors
-from tvmdcn.comparison import organize
-from tvmdcn.measurement import Measurement, read_rows
+from tvmdcn.bench import command as bench
+from tvmdcn.bench import protocol as bench_protocol
+from tvmdcn.bench.command import benchmark_command, section_table
+from tvmdcn.bench.comparison import organize
+from tvmdcn.bench.inputs import Expected, Inputs, relative_error
+from tvmdcn.bench.measurement import Measurement, read_rows
+from tvmdcn.bench.process import Worker, WorkerError
+from tvmdcn.bench.protocol import Protocol, compare, turn_order
+from tvmdcn.bench.providers import BackwardTensors, Provider, default_providers
+from tvmdcn.bench.words import describe_layer
+from tvmdcn.bench.worker import load_tensors, save_tensors
 from tvmdcn.problems import PROBLEMS, TEST_PROBLEMS, Problem, make_tensors
-from tvmdcn.providers import BackwardTensors, Provider, default_providers
 from tvmdcn.spec import DeformConv2dGradSpec
 from tvmdcn.tensors import make_gradient_tensors
 
@@ -336,8 +337,8 @@ def test_closed_worker_gives_a_reason(tmp_path):
 def test_stopped_worker_ends_with_its_parent(tmp_path):
     code = (
         "import json, os, sys\n"
-        "from tvmdcn.bench_process import Worker\n"
-        "from tvmdcn.providers import Provider\n"
+        "from tvmdcn.bench.process import Worker\n"
+        "from tvmdcn.bench.providers import Provider\n"
         f"worker = Worker(Provider('right', 'peer', {str(FAKES) + ':right'!r}), 1)\n"
         "worker.ask(json.loads(sys.argv[1]), 60)\n"
         "print(worker._process.pid, flush=True)\n"

@@ -18,17 +18,17 @@ from click.testing import CliRunner, Result
 from packaging.requirements import Requirement
 
 from tvmdcn import extras
-from tvmdcn.bench import benchmark_command
+from tvmdcn.bench.command import benchmark_command
 from tvmdcn.cli import main
 from tvmdcn.errors import SpecError, TuningError
 from tvmdcn.extras import EXTRAS
 from tvmdcn.problems import OPERATORS, PROBLEMS, TEST_PROBLEMS, Problem, load_problem_file, parse_problem
-from tvmdcn.records import Record
-from tvmdcn.schedule_words import describe_decisions
-from tvmdcn.session import Progress, TuningResult
 from tvmdcn.space import Decisions
 from tvmdcn.target import detect_target
-from tvmdcn.tune_command import _Display, _next_command
+from tvmdcn.tuning.command import _Display, _next_command
+from tvmdcn.tuning.records import Record
+from tvmdcn.tuning.session import Progress, TuningResult
+from tvmdcn.tuning.words import describe_decisions
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = main.list_commands(click.Context(main))
@@ -361,7 +361,7 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
                 raise answer
             return result_of(Problem(name, spec, extents, ""), tmp_path, **answer)
 
-        monkeypatch.setattr("tvmdcn.tuner.tune", tune)
+        monkeypatch.setattr("tvmdcn.tuning.tuner.tune", tune)
         return asked
 
     return set_answers

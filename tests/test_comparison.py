@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from bench_rows import GRADIENTS, backward_rows, row
 
-from tvmdcn.bench_words import describe_layer, describe_measure
-from tvmdcn.comparison import geometric_mean, organize, thread_gains
-from tvmdcn.measurement import MEASURES, Measurement, MeasurementError, append_row, percentile, read_rows
+from tvmdcn.bench.comparison import geometric_mean, organize, thread_gains
+from tvmdcn.bench.measurement import MEASURES, Measurement, MeasurementError, append_row, percentile, read_rows
+from tvmdcn.bench.words import describe_layer, describe_measure
 from tvmdcn.problems import PROBLEMS, TEST_PROBLEMS
 from tvmdcn.spec import DeformConv2dGradSpec
 

@@ -31,8 +31,8 @@ from torch.nn.utils import parametrizations
 import tvmdcn
 from tvmdcn import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack, replace_modules, route_torchvision
 from tvmdcn.errors import MissingExtra, SpecError, SpecTypeError
-from tvmdcn.models import problems_of_model
 from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.tuning.models import problems_of_model
 
 # Largest difference over the largest value.
 TOLERANCES = {"output": 5e-6, "gradient": 5e-5, "output float64": 1e-12, "gradient float64": 1e-11}

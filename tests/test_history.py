@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tvmdcn.errors import RecordsError
-from tvmdcn.history import TrialLog, TrialRow, histories, read_log
 from tvmdcn.space import Decisions
+from tvmdcn.tuning.history import TrialLog, TrialRow, histories, read_log
 
 HEADER = {"name": "a_layer", "spec": {"padding": (1, 1)}, "target": "llvm-a", "threads": 1, "source": "abc"}
 ROWS = [

@@ -16,9 +16,9 @@ import torch
 
 import tvmdcn
 from tvmdcn.errors import SpecError
-from tvmdcn.models import load_model, parse_input, problems_of_model
 from tvmdcn.problems import PROBLEMS, TEST_PROBLEMS, parse_problem, problem_text
 from tvmdcn.spec import DeformConv2dSpec, Extents
+from tvmdcn.tuning.models import load_model, parse_input, problems_of_model
 
 SOURCE = '''
 import torch

@@ -114,7 +114,7 @@ def expected_files() -> set[str]:
     """Return the files that an installed package must have, as paths under site-packages."""
     files = set()
     for folder, patterns in (
-        ("tvmdcn", ("**/*.py", "py.typed", "templates/*")),
+        ("tvmdcn", ("**/*.py", "py.typed", "report/templates/*")),
         ("schedules", ("**/*.py",)),
         ("tuning_logs", ("*.py", "*/*.json")),
     ):

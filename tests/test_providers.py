@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from bench_fakes import QUICK, SMALL
 
-from tvmdcn import bench_overhead
-from tvmdcn.bench_inputs import Inputs
-from tvmdcn.bench_overhead import TINY, measure_first_result, measure_overhead
-from tvmdcn.bench_protocol import compare
-from tvmdcn.bench_worker import Layers
+from tvmdcn.bench import overhead as bench_overhead
+from tvmdcn.bench.inputs import Inputs
+from tvmdcn.bench.overhead import TINY, measure_first_result, measure_overhead
+from tvmdcn.bench.protocol import compare
+from tvmdcn.bench.providers import PROVIDERS
+from tvmdcn.bench.worker import Layers
 from tvmdcn.problems import TEST_PROBLEMS, Problem
-from tvmdcn.providers import PROVIDERS
 from tvmdcn.spec import DeformConv2dGradSpec
 
 _PEERS = [name for name, provider in PROVIDERS.items() if provider.role != "ours" and provider.source]
@@ -95,7 +95,7 @@ def kernels(cache_dir):
 def test_ours_computes_the_reference(kernels, source):
     if source == "prepare_ours_torch":
         pytest.importorskip("torch")
-    provider = dataclasses.replace(PROVIDERS["ours-default"], source=f"tvmdcn.providers:{source}")
+    provider = dataclasses.replace(PROVIDERS["ours-default"], source=f"tvmdcn.bench.providers:{source}")
     for found in compare(kernels, [2], [provider], protocol=QUICK):
         assert (found.status, found.reason, found.schedule) == ("ok", None, "default")
         assert found.max_rel_error < 1e-5
@@ -105,7 +105,7 @@ def test_ours_computes_the_reference(kernels, source):
 def test_ours_computes_the_gradients_of_the_reference(kernels, source):
     if source == "prepare_ours_torch":
         pytest.importorskip("torch")
-    backward = f"tvmdcn.providers_backward:{source}"
+    backward = f"tvmdcn.bench.providers_backward:{source}"
     provider = dataclasses.replace(PROVIDERS["ours-default"], source=None, backward=backward)
     rows = compare([problem.backward for problem in kernels], [2], [provider], protocol=QUICK)
     assert [found.direction for found in rows] == ["backward"] * len(kernels)

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tvmdcn import records as records_module
 from tvmdcn.cache_key import CacheKey
 from tvmdcn.errors import RecordsError
 from tvmdcn.problems import PROBLEMS
-from tvmdcn.records import META, Record, TuningRecords, shipped_root, user_root
 from tvmdcn.space import Decisions
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo, resolve_target
+from tvmdcn.tuning import records as records_module
+from tvmdcn.tuning.records import META, Record, TuningRecords, shipped_root, user_root
 
 TAG = "llvm-znver5"
 SPEC = DeformConv2dSpec(64, 96, padding=1)

@@ -15,12 +15,12 @@ from click.testing import CliRunner
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
-from tvmdcn.comparison import organize
-from tvmdcn.measurement import Measurement, MeasurementError, append_row, read_rows
+from tvmdcn.bench.comparison import organize
+from tvmdcn.bench.measurement import Measurement, MeasurementError, append_row, read_rows
 from tvmdcn.problems import PROBLEMS
-from tvmdcn.report import benchmark_block, report, report_command, update_block
-from tvmdcn.report_data import SchedulePair, ScheduleView, Trial, TuningHistory
-from tvmdcn.report_figures import draw_bars, draw_tuning
+from tvmdcn.report.data import SchedulePair, ScheduleView, Trial, TuningHistory
+from tvmdcn.report.figures import draw_bars, draw_tuning
+from tvmdcn.report.page import benchmark_block, report, report_command, update_block
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = "<script>alert(1)</script>\"'&|`$x$ \u4e16\n# [a](b) ]]> </svg> {{ 1 }} \x07"

@@ -12,10 +12,10 @@ from fake_artifacts import INTERFACE, build_fake
 from handmade import SPEC
 
 from tvmdcn.artifact import Artifact
-from tvmdcn.measurement import Measurement
+from tvmdcn.bench.measurement import Measurement
 from tvmdcn.problems import PROBLEMS
-from tvmdcn.report_data import SchedulePair, ScheduleView
-from tvmdcn.schedule_pairs import cached_pairs
+from tvmdcn.report.data import SchedulePair, ScheduleView
+from tvmdcn.report.schedule_pairs import cached_pairs
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.target import detect_target
 
@@ -99,7 +99,7 @@ def test_both_must_be_there_and_belong_to_the_row() -> None:
 def test_builds_of_other_code_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     build("default")
     build("tuned")
-    monkeypatch.setattr("tvmdcn.schedule_pairs.source_digest", lambda: "changed since")
+    monkeypatch.setattr("tvmdcn.report.schedule_pairs.source_digest", lambda: "changed since")
     assert cached_pairs([row()]) == []
 
 

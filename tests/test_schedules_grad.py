@@ -20,7 +20,6 @@ import tvmdcn
 from tvmdcn.builder import lanes_of
 from tvmdcn.problems import PROBLEMS, real_layer
 from tvmdcn.reference_grad import expected_gradients
-from tvmdcn.schedule_words import describe_decisions
 from tvmdcn.space import TILE_UNITS, UNIT_BYTES, VARIANT, Decisions, space_of
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo, resolve_target
@@ -28,6 +27,7 @@ from tvmdcn.te.channel_blocks import ChannelBlocks
 from tvmdcn.te.sampling import plan_blocks
 from tvmdcn.te.tiles import GRANULE
 from tvmdcn.tensors import make_gradient_tensors
+from tvmdcn.tuning.words import describe_decisions
 
 # Largest error of a gradient over its own largest value: sums of up to 1400 products; for the halves the rounding of
 # what is stored.

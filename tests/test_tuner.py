@@ -28,23 +28,23 @@ pytest.importorskip("xgboost")
 pytest.importorskip("psutil")
 pytest.importorskip("cloudpickle")
 
-from tvmdcn import session as session_module
-from tvmdcn import trial
-from tvmdcn.bench import benchmark_command
+from tvmdcn.bench.command import benchmark_command
 from tvmdcn.builder import build
 from tvmdcn.errors import RecordsError, SpecError, SpecTypeError, TuningError
-from tvmdcn.history import read_log
 from tvmdcn.kernel import Kernel
 from tvmdcn.problems import make_tensors, parse_problem
-from tvmdcn.records import META, TuningRecords
 from tvmdcn.reference import reference
-from tvmdcn.search import Search, uninterrupted
 from tvmdcn.space import space_of
 from tvmdcn.spec import Extents
 from tvmdcn.target import detect_target, resolve_target
 from tvmdcn.te import operator_of
-from tvmdcn.trial import Job, Outcome
-from tvmdcn.tuner import Progress, TuningResult, tune
+from tvmdcn.tuning import session as session_module
+from tvmdcn.tuning import trial
+from tvmdcn.tuning.history import read_log
+from tvmdcn.tuning.records import META, TuningRecords
+from tvmdcn.tuning.search import Search, uninterrupted
+from tvmdcn.tuning.trial import Job, Outcome
+from tvmdcn.tuning.tuner import Progress, TuningResult, tune
 
 TAG = detect_target().tag
 # The smallest layer with more than one variant of schedules, and room for a search.

@@ -14,21 +14,21 @@ pytest.importorskip("xgboost")
 pytest.importorskip("psutil")
 pytest.importorskip("cloudpickle")
 
-from tvmdcn import session as session_module
-from tvmdcn import trial
 from tvmdcn.builder import build
 from tvmdcn.errors import RecordsError, TuningError
-from tvmdcn.history import read_log
 from tvmdcn.problems import TEST_PROBLEMS, parse_problem
-from tvmdcn.records import TuningRecords
 from tvmdcn.runtime import open_kernel
-from tvmdcn.search import _entry
-from tvmdcn.session import TuningResult
 from tvmdcn.spec import Extents
 from tvmdcn.target import detect_target
 from tvmdcn.te import operator_of
-from tvmdcn.trial import Job, Outcome
-from tvmdcn.tuner import tune
+from tvmdcn.tuning import session as session_module
+from tvmdcn.tuning import trial
+from tvmdcn.tuning.history import read_log
+from tvmdcn.tuning.records import TuningRecords
+from tvmdcn.tuning.search import _entry
+from tvmdcn.tuning.session import TuningResult
+from tvmdcn.tuning.trial import Job, Outcome
+from tvmdcn.tuning.tuner import tune
 
 TAG = detect_target().tag
 LAYER = parse_problem("1,8,6,7,8")

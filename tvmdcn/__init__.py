@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tvmdcn.api import deform_conv2d
     from tvmdcn.artifact import Artifact
-    from tvmdcn.bench import compare
+    from tvmdcn.bench.protocol import compare
     from tvmdcn.builder import build
     from tvmdcn.errors import (
         ArtifactError,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         upgrade_state_dict,
     )
     from tvmdcn.torch.routing import route_torchvision
-    from tvmdcn.tuner import tune
+    from tvmdcn.tuning.tuner import tune
     from tvmdcn.weights import PackedWeight
 
     __version__: str
@@ -72,7 +72,7 @@ _MODULES = {
     "TuningError": "errors",
     "TvmdcnError": "errors",
     "build": "builder",
-    "compare": "bench",
+    "compare": "bench.protocol",
     "deform_conv2d": "api",
     "deform_conv2d_backward": "gradient",
     "detect_target": "target",
@@ -80,7 +80,7 @@ _MODULES = {
     "replace_modules": "torch.drop_in",
     "resolve_target": "target",
     "route_torchvision": "torch.routing",
-    "tune": "tuner",
+    "tune": "tuning.tuner",
     "upgrade_state_dict": "torch.modules",
 }
 

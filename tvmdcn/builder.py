@@ -16,11 +16,11 @@ from tvm import tirx
 from tvmdcn.artifact import Artifact, KernelInterface, build_once
 from tvmdcn.cache_key import CacheKey
 from tvmdcn.errors import BuildError, SpecError, SpecTypeError
-from tvmdcn.records import TuningRecords
 from tvmdcn.space import TILE_UNITS, UNIT_BYTES, Decisions, space_of
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.target import TargetInfo, resolve_target
 from tvmdcn.te import Operator, operator_of
+from tvmdcn.tuning.records import TuningRecords
 from tvmdcn.validation import shown
 
 __all__ = [

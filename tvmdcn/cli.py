@@ -19,12 +19,12 @@ __all__ = ["main"]
 # Subcommand: the click command that does the work, and its line in `tvmdcn --help`, which must stay fast.
 _COMMANDS = {
     "tune": (
-        "tvmdcn.tune_command:tune_command",
+        "tvmdcn.tuning.command:tune_command",
         "Search the best schedule of a layer for this machine, and keep it.",
     ),
     "build": ("tvmdcn.cli:build_command", "Compile a layer to an artifact that loads without the compiler."),
-    "benchmark": ("tvmdcn.bench:benchmark_command", "Measure layers beside other libraries."),
-    "report": ("tvmdcn.report:report_command", "Make a page and tables of measurements and tuning records."),
+    "benchmark": ("tvmdcn.bench.command:benchmark_command", "Measure layers beside other libraries."),
+    "report": ("tvmdcn.report.page:report_command", "Make a page and tables of measurements and tuning records."),
     "info": ("tvmdcn.cli:info_command", "Show versions, this machine's target and the settings in force."),
 }
 # Whose versions decide what is built and measured.

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvmdcn.api import deform_conv2d
 from tvmdcn.errors import MissingExtra
-from tvmdcn.models import names_of
+from tvmdcn.tuning.models import names_of
 
 __all__ = ["route_torchvision"]
 

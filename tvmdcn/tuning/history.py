@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tvmdcn.errors import BuildError, RecordsError
-from tvmdcn.report_data import Trial, TuningHistory
+from tvmdcn.report.data import Trial, TuningHistory
 from tvmdcn.space import Decisions
 
 __all__ = ["TrialLog", "TrialRow", "histories", "read_log"]

@@ -18,15 +18,15 @@ from typing import Any
 
 import click
 
-from tvmdcn.bench_words import describe_layer, describe_measure
-from tvmdcn.comparison import GeometricMean, Section, Verdict, organize, thread_gains
+from tvmdcn.bench.comparison import GeometricMean, Section, Verdict, organize, thread_gains
+from tvmdcn.bench.measurement import Measurement, MeasurementError, read_rows
+from tvmdcn.bench.words import describe_layer, describe_measure
 from tvmdcn.errors import TvmdcnError
 from tvmdcn.extras import require
-from tvmdcn.history import histories as recorded_histories
-from tvmdcn.measurement import Measurement, MeasurementError, read_rows
-from tvmdcn.report_data import SchedulePair, ScheduleView, Trial, TuningHistory
-from tvmdcn.report_figures import color_of, draw_bars, draw_tuning
-from tvmdcn.schedule_pairs import cached_pairs
+from tvmdcn.report.data import SchedulePair, ScheduleView, Trial, TuningHistory
+from tvmdcn.report.figures import color_of, draw_bars, draw_tuning
+from tvmdcn.report.schedule_pairs import cached_pairs
+from tvmdcn.tuning.history import histories as recorded_histories
 
 __all__ = [
     "SchedulePair",
@@ -98,7 +98,7 @@ def report(
         Tuning runs to show.
     schedules : sequence of SchedulePair, optional
         Schedules to show side by side; by default those of the rows' layers that are in the cache
-        (:func:`tvmdcn.schedule_pairs.cached_pairs`).
+        (:func:`tvmdcn.report.schedule_pairs.cached_pairs`).
 
     Returns
     -------
@@ -321,7 +321,7 @@ def _render(template: str, content: _Content) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("tvmdcn", "templates"),
+        loader=PackageLoader("tvmdcn.report", "templates"),
         autoescape=template.endswith(".html.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,

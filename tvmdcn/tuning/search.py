@@ -5,7 +5,7 @@ Kernels are free in N, H and W. MetaSchedule wants functions of fixed shapes, bu
 of the entry function: so its module holds the kernel as it ships, and beside it an empty ``main`` with the
 representative sizes. What is tuned is what is built.
 
-MetaSchedule's database is kept in memory and filled from the log of trials (:mod:`tvmdcn.history`). On disk
+MetaSchedule's database is kept in memory and filled from the log of trials (:mod:`tvmdcn.tuning.history`). On disk
 it would be a second truth, and reading a damaged one ends the process with a segmentation fault.
 """
 

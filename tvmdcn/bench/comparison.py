@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tvmdcn.measurement import DIRECTIONS, Measurement
+from tvmdcn.bench.measurement import DIRECTIONS, Measurement
 from tvmdcn.spec import DeformConv2dSpec, Extents
 
 __all__ = [

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare our kernels with the peers: the measurement protocol.
 
-Every provider runs in a process of its own with its number of threads set (:mod:`tvmdcn.bench_process`). The
+Every provider runs in a process of its own with its number of threads set (:mod:`tvmdcn.bench.process`). The
 processes take turns, one measuring while the others are stopped; a turn is a short burst of calls after a
 warm-up; the order is rotated and reversed from round to round, so that a slow moment of the machine falls on
 all alike. The row holds the median over all rounds. Each output is first compared with the float64 reference:
@@ -28,12 +28,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from tvmdcn.bench_inputs import TOLERANCES, Inputs
-from tvmdcn.bench_process import Worker, WorkerError
+from tvmdcn.bench.inputs import TOLERANCES, Inputs
+from tvmdcn.bench.measurement import Measurement, direction_of, identify_machine, identify_versions, percentile
+from tvmdcn.bench.process import Worker, WorkerError
+from tvmdcn.bench.providers import Provider, default_providers
 from tvmdcn.errors import TvmdcnError
-from tvmdcn.measurement import Measurement, direction_of, identify_machine, identify_versions, percentile
 from tvmdcn.problems import Problem
-from tvmdcn.providers import Provider, default_providers
 
 __all__ = ["Measurement", "Protocol", "compare", "describe_run", "turn_order"]
 
@@ -242,7 +242,7 @@ def compare(
     threads : sequence of int
         Numbers of threads; each is a comparison of its own.
     providers : sequence of Provider, optional
-        Default: :func:`tvmdcn.providers.default_providers`. One that has no gradients takes part in the forward
+        Default: :func:`tvmdcn.bench.providers.default_providers`. One that has no gradients takes part in the forward
         alone; if that is not measured, its row says so.
     protocol : Protocol, optional
         Numbers of rounds and lengths.

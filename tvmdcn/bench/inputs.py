@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from tvmdcn.bench_worker import save_tensors
+from tvmdcn.bench.providers import BackwardTensors
+from tvmdcn.bench.worker import save_tensors
 from tvmdcn.problems import REAL_LAYERS, Problem, real_layer
-from tvmdcn.providers import BackwardTensors
 from tvmdcn.reference import expected_output
 from tvmdcn.reference_grad import expected_gradients
 from tvmdcn.spec import DeformConv2dGradSpec

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tvmdcn.bench.providers import Provider
 from tvmdcn.errors import TvmdcnError
-from tvmdcn.providers import Provider
 
 __all__ = ["Worker", "WorkerError"]
 
@@ -46,7 +46,7 @@ class Worker:
     threads : int
         How many threads its libraries are told to use.
     direction : str
-        What it computes, see :data:`tvmdcn.measurement.DIRECTIONS`.
+        What it computes, see :data:`tvmdcn.bench.measurement.DIRECTIONS`.
 
     Raises
     ------
@@ -63,7 +63,7 @@ class Worker:
         self.provider, self.threads = provider, threads
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         count = str(threads)
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(Path(__file__).resolve().parent.parent.parent)
         environment = {
             **os.environ,
             # The same package as the parent's, also in a checkout that is not installed.
@@ -76,7 +76,7 @@ class Worker:
         command = (
             provider.python or sys.executable,
             "-m",
-            "tvmdcn.bench_worker",
+            "tvmdcn.bench.worker",
             source,
             provider.schedule or "",
             count,
@@ -112,7 +112,7 @@ class Worker:
         Parameters
         ----------
         request : dict
-            See :mod:`tvmdcn.bench_worker`.
+            See :mod:`tvmdcn.bench.worker`.
         timeout : float
             Seconds to wait; after that the process is killed.
 

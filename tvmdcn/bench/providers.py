@@ -4,8 +4,8 @@
 Each provider is prepared as a user who infers with it would: weights constant or packed, the session
 compiled, outputs in place where the library allows it. Tensors come in the order of the specification's
 layout; those who know NCHW only get a copy in that order beforehand, so no conversion is timed. The functions
-named in :data:`PROVIDERS` run in worker processes (:mod:`tvmdcn.bench_worker`) and import what they need
-there. Those of gradients are in :mod:`tvmdcn.providers_backward`.
+named in :data:`PROVIDERS` run in worker processes (:mod:`tvmdcn.bench.worker`) and import what they need
+there. Those of gradients are in :mod:`tvmdcn.bench.providers_backward`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tvmdcn.measurement import DIRECTIONS
+from tvmdcn.bench.measurement import DIRECTIONS
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.tensors import Tensors
 
@@ -72,7 +72,7 @@ class Provider:
     name : str
         As in rows and reports.
     role : str
-        ``ours``, ``peer`` or ``floor``, see :class:`~tvmdcn.measurement.Measurement`.
+        ``ours``, ``peer`` or ``floor``, see :class:`~tvmdcn.bench.measurement.Measurement`.
     source : str, optional
         ``module:function`` or ``path/to/file.py:function`` for the forward; the function takes (spec, extents,
         tensors, threads, schedule) and returns :class:`Prepared`, or raises :class:`Unsupported`. None if it is
@@ -87,7 +87,7 @@ class Provider:
     backward : str, optional
         As `source` for all gradients of a layer, the tensors being :class:`BackwardTensors`. None if it has none.
     measure : str
-        What a call is, see :data:`tvmdcn.measurement.MEASURES`.
+        What a call is, see :data:`tvmdcn.bench.measurement.MEASURES`.
     python : str, optional
         The interpreter of its process, for a package that has an environment of its own; NumPy must be in it.
     """
@@ -116,7 +116,7 @@ def _table(*providers: Provider) -> dict[str, Provider]:
     return {provider.name: provider for provider in providers}
 
 
-_HERE, _BACKWARD = "tvmdcn.providers", "tvmdcn.providers_backward"
+_HERE, _BACKWARD = "tvmdcn.bench.providers", "tvmdcn.bench.providers_backward"
 
 PROVIDERS = _table(
     *(

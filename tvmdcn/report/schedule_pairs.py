@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tvmdcn.artifact import Artifact, artifacts
+from tvmdcn.bench.measurement import Measurement
 from tvmdcn.cache_key import source_digest
 from tvmdcn.errors import TvmdcnError
-from tvmdcn.measurement import Measurement
-from tvmdcn.report_data import SchedulePair, ScheduleView
+from tvmdcn.report.data import SchedulePair, ScheduleView
 
 __all__ = ["cached_pairs"]
 

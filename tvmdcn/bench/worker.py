@@ -14,7 +14,7 @@ Requests, each answered by one line with ``ok``, and with ``reason`` where that 
 ``{"do": "quit"}``
     End without an answer. So does the end of standard input.
 
-By hand: ``python -m tvmdcn.bench_worker tvmdcn.providers:prepare_openvino '' 1``.
+By hand: ``python -m tvmdcn.bench.worker tvmdcn.bench.providers:prepare_openvino '' 1``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from typing import Any
 
 import numpy as np
 
-from tvmdcn.measurement import identify_versions
-from tvmdcn.providers import BackwardTensors, Prepared, Unsupported
+from tvmdcn.bench.measurement import identify_versions
+from tvmdcn.bench.providers import BackwardTensors, Prepared, Unsupported
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents, spec_from_json
 from tvmdcn.tensors import Tensors, numpy_dtype
 

@@ -348,7 +348,7 @@ def identify_versions() -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    commit = _commit(Path(__file__).resolve().parent.parent)
+    commit = _commit(Path(__file__).resolve().parent.parent.parent)
     if commit:
         versions["tvmdcn"] = f"{versions.get('tvmdcn', 'uninstalled')} ({commit})"
     return versions

@@ -16,11 +16,11 @@ from filelock import FileLock, Timeout
 
 from tvmdcn.errors import SpecError, SpecTypeError, TuningError
 from tvmdcn.extras import require
-from tvmdcn.records import TuningRecords, user_root
-from tvmdcn.session import Progress, Session, TuningResult
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo, detect_target, resolve_target
 from tvmdcn.threads import thread_count
+from tvmdcn.tuning.records import TuningRecords, user_root
+from tvmdcn.tuning.session import Progress, Session, TuningResult
 from tvmdcn.validation import check_int, shown
 
 __all__ = ["Progress", "TuningResult", "tune"]

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from tvmdcn.bench_protocol import Protocol, compare, describe_run
-from tvmdcn.bench_worker import save_tensors
-from tvmdcn.measurement import Measurement, percentile
+from tvmdcn.bench.measurement import Measurement, percentile
+from tvmdcn.bench.protocol import Protocol, compare, describe_run
+from tvmdcn.bench.providers import Prepared, Provider, from_nchw
+from tvmdcn.bench.providers_backward import named_results, torch_tensors
+from tvmdcn.bench.worker import save_tensors
 from tvmdcn.problems import PROBLEMS, Problem, make_tensors, parse_problem
-from tvmdcn.providers import Prepared, Provider, from_nchw
-from tvmdcn.providers_backward import named_results, torch_tensors
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.tensors import Gradients, Tensors
 
@@ -45,7 +45,7 @@ spec = tvmdcn.DeformConv2dSpec.from_json({spec!r})
 kernel = tvmdcn.load(spec, schedule={schedule!r})
 loaded = time.perf_counter()
 import pathlib
-from tvmdcn.bench_worker import load_tensors
+from tvmdcn.bench.worker import load_tensors
 t = load_tensors(pathlib.Path({folder!r}), spec)
 again = time.perf_counter()
 kernel(t.input, t.offset, t.weight, t.bias, t.mask)
@@ -55,7 +55,7 @@ print((loaded - start + time.perf_counter() - again) * 1e3)
 
 def _providers(schedule: str) -> list[Provider]:
     """Return who calls the tiny layer, and its gradients, how. Users' functions take the tuned schedule."""
-    kernels, backward, here = "tvmdcn.providers", "tvmdcn.providers_backward", "tvmdcn.bench_overhead"
+    kernels, backward, here = "tvmdcn.bench.providers", "tvmdcn.bench.providers_backward", "tvmdcn.bench.overhead"
     calls = (
         ("overhead_numpy", f"{kernels}:prepare_ours", f"{backward}:prepare_ours_numpy", None),
         ("overhead_torch", f"{kernels}:prepare_ours_torch", f"{backward}:prepare_ours_torch", "torch"),
@@ -98,7 +98,7 @@ def measure_overhead(
     processes : int
         How many new processes the median is over.
     protocol, command, on_row, on_step
-        As of :func:`tvmdcn.bench_protocol.compare`.
+        As of :func:`tvmdcn.bench.protocol.compare`.
 
     Returns
     -------
@@ -283,7 +283,7 @@ def _first_result(
     processes: int,
     describe: Callable[..., Measurement],
 ) -> Measurement:
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parent.parent.parent)
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),

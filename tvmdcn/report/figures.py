@@ -12,9 +12,9 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from tvmdcn.comparison import Line, Section
-from tvmdcn.measurement import Measurement
-from tvmdcn.report_data import TuningHistory
+from tvmdcn.bench.comparison import Line, Section
+from tvmdcn.bench.measurement import Measurement
+from tvmdcn.report.data import TuningHistory
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tvmdcn.measurement import DIRECTIONS, Measurement
+from tvmdcn.bench.measurement import DIRECTIONS, Measurement
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 
 __all__ = ["describe_layer", "describe_measure"]

@@ -14,17 +14,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from tvmdcn.bench.measurement import identify_versions
 from tvmdcn.cache_key import source_digest
 from tvmdcn.errors import TuningError
-from tvmdcn.history import TrialLog, TrialRow, read_log
-from tvmdcn.measurement import identify_versions
-from tvmdcn.records import Record, TuningRecords
-from tvmdcn.search import Candidate, Search, uninterrupted
 from tvmdcn.space import Decisions
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo, host_identity
 from tvmdcn.te import operator_of
-from tvmdcn.trial import Job, Outcome, Workers, save_inputs
+from tvmdcn.tuning.history import TrialLog, TrialRow, read_log
+from tvmdcn.tuning.records import Record, TuningRecords
+from tvmdcn.tuning.search import Candidate, Search, uninterrupted
+from tvmdcn.tuning.trial import Job, Outcome, Workers, save_inputs
 
 __all__ = ["Progress", "Session", "TuningResult"]
 

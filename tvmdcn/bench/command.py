@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare our kernels with the peers: the command, with its options, its progress and its table.
 
-The protocol of measurement is in :mod:`tvmdcn.bench_protocol`, the providers in :mod:`tvmdcn.providers`.
+The protocol of measurement is in :mod:`tvmdcn.bench.protocol`, the providers in :mod:`tvmdcn.bench.providers`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tvmdcn.bench_overhead import measure_overhead
-from tvmdcn.bench_protocol import Protocol, compare
-from tvmdcn.bench_words import describe_measure
-from tvmdcn.comparison import GeometricMean, Line, Section, Verdict, organize, thread_gains
+from tvmdcn.bench.comparison import GeometricMean, Line, Section, Verdict, organize, thread_gains
+from tvmdcn.bench.measurement import DIRECTIONS, Measurement, append_row
+from tvmdcn.bench.overhead import measure_overhead
+from tvmdcn.bench.protocol import Protocol, compare
+from tvmdcn.bench.providers import PROVIDERS, Provider, default_providers
+from tvmdcn.bench.words import describe_measure
 from tvmdcn.errors import TvmdcnError
-from tvmdcn.measurement import DIRECTIONS, Measurement, append_row
 from tvmdcn.problems import PROBLEMS, REAL_LAYERS, Problem, load_problem_file, parse_problem
-from tvmdcn.providers import PROVIDERS, Provider, default_providers
 
 __all__ = ["Measurement", "Protocol", "benchmark_command", "compare", "main", "section_table"]
 

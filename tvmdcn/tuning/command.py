@@ -26,7 +26,7 @@ from tvmdcn.problems import (
 )
 
 if TYPE_CHECKING:
-    from tvmdcn.tuner import Progress, TuningResult
+    from tvmdcn.tuning.tuner import Progress, TuningResult
 
 __all__ = ["tune_command"]
 
@@ -47,7 +47,7 @@ def _selected(
     for path in files:
         found += load_problem_file(path)
     if model is not None:
-        from tvmdcn.models import load_model, parse_input, problems_of_model
+        from tvmdcn.tuning.models import load_model, parse_input, problems_of_model
 
         if not inputs:
             raise click.UsageError("--model needs --input, such as --input 1x3x512x512.")
@@ -144,8 +144,8 @@ def _failures(failures: Any) -> str:
 
 
 def _summary(problem: Problem, result: TuningResult) -> str:
-    from tvmdcn.schedule_words import describe_decisions
     from tvmdcn.te import operator_of
+    from tvmdcn.tuning.words import describe_decisions
 
     record = result.record
     threads = "1 thread" if record.threads == 1 else f"{record.threads} threads"
@@ -250,7 +250,7 @@ def tune_command(
 
 def _tune_all(chosen: Sequence[Problem], target: str | None, options: dict[str, Any]) -> int:
     """Tune layer after layer; print how each went, and at the end what to do next; return the exit status."""
-    from tvmdcn.tuner import tune
+    from tvmdcn.tuning.tuner import tune
 
     done: list[tuple[Problem, TuningResult]] = []
     status, stopped = 0, False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who can compute the gradients of a deformable convolution: see :mod:`tvmdcn.providers`.
+"""Who can compute the gradients of a deformable convolution: see :mod:`tvmdcn.bench.providers`.
 
 All gradients that the specification asks for, and nothing of the forward: autograd's graph is recorded
 beforehand and kept, so peers that kept columns for it are spared computing them again, as ours has to. ONNX
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tvmdcn.providers import BackwardTensors, Prepared, Unsupported, from_nchw, to_nchw, torch_tensor
+from tvmdcn.bench.providers import BackwardTensors, Prepared, Unsupported, from_nchw, to_nchw, torch_tensor
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.tensors import Tensors
 

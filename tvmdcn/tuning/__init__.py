@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searching: schedules, measured and checked, and the records of the best."""
