@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Make a report of measured rows; see ``scripts/report.py --help``."""
+"""Make a report of measured rows, or compare two runs; see ``scripts/report.py --help``."""
 
-from tvmdcn.report.page import main
+from tvmdcn.report.command import main
 
 if __name__ == "__main__":
     main()

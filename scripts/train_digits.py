@@ -40,8 +40,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tvmdcn
-from tvmdcn.bench.measurement import identify_machine, identify_versions, percentile
-from tvmdcn.bench.protocol import turn_order
+from tvmdcn.bench.machine import identify_machine, identify_versions
+from tvmdcn.bench.statistics import percentile
+from tvmdcn.bench.turns import turn_order
 from tvmdcn.threads import thread_count
 
 SIZE = 32  # pixels of an image, per side

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tvmdcn.bench.protocol import Protocol
-from tvmdcn.bench.providers import Provider
+from click.testing import CliRunner
+
+from tvmdcn.bench.command import benchmark_command
+from tvmdcn.bench.provider import Provider
+from tvmdcn.bench.turns import Protocol
 from tvmdcn.problems import TEST_PROBLEMS
 
 FAKES = Path(__file__).with_name("fake_providers.py")
@@ -18,3 +21,10 @@ def fake(name, role="peer", backward=None, **fields):
     """Return a provider; `backward` names its function for gradients."""
     gradients = None if backward is None else f"{FAKES}:{backward}"
     return Provider(name.replace("_", "-"), role, f"{FAKES}:{name}", backward=gradients, **fields)
+
+
+def invoke(*arguments, code=0):
+    quick = ["--rounds", "1", "--burst", "0.001"]
+    result = CliRunner().invoke(benchmark_command, [*map(str, arguments), *quick], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -63,3 +64,43 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir(mode=0o700)
     monkeypatch.setenv("TVMDCN_CACHE_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def no_packs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Begin, and leave, with no packs known to the process."""
+    import packing
+
+    from tvmdcn import native
+
+    monkeypatch.delenv("TVMDCN_PACK", raising=False)
+    monkeypatch.setattr(native, "_provided", {})
+    packing.forget()
+    yield
+    packing.forget()
+
+
+@pytest.fixture
+def packer(cache_dir: Path, no_packs: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """What packs kernels written by hand, into `tmp_path`."""
+    import packing
+
+    return packing.packs_kernels(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Cheap providers instead of those that the benchmark's command knows."""
+    from bench_fakes import fake
+
+    from tvmdcn.bench import command
+
+    chosen = (
+        fake("right", "ours", "gradients"),
+        fake("noisy"),
+        fake("floor", "floor", "floor"),
+        fake("unsupported"),
+    )
+    table = {provider.name: provider for provider in chosen}
+    monkeypatch.setattr(command, "PROVIDERS", table)
+    return table

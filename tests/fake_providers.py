@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tvmdcn.bench.providers import Prepared, Unsupported
+from tvmdcn.bench.provider import Prepared, Unsupported, copied_bytes
 from tvmdcn.reference import reference
 from tvmdcn.reference_grad import expected_gradients
 
@@ -122,3 +122,64 @@ def without_mask(spec, extents, tensors, threads, schedule):
 
 def without_gradients(spec, extents, tensors, threads, schedule):
     raise Unsupported("it has no gradients of <this>")
+
+
+MEGABYTES = 1 << 20
+
+
+def hungry(spec, extents, tensors, threads, schedule):
+    """Use as many MiB as `schedule` says while it is called, and give them back."""
+    prepared = right(spec, extents, tensors, threads, schedule)
+
+    def call():
+        used = np.ones(int(schedule) * MEGABYTES, np.uint8)
+        return prepared.call() if used.all() else None
+
+    return Prepared(call, prepared.output)
+
+
+def greedy(spec, extents, tensors, threads, schedule):
+    """Use as many MiB as `schedule` says while it is prepared, and keep half of them."""
+    prepared = right(spec, extents, tensors, threads, schedule)
+    kept, given_back = (np.ones(int(schedule) * MEGABYTES // 2, np.uint8) for _ in range(2))
+    return Prepared(lambda: prepared.call() if kept[-1] else None, prepared.output) if given_back[-1] else None
+
+
+def copying(spec, extents, tensors, threads, schedule):
+    """Hold the image a second time, and say so; give the result anew at each call."""
+    result = reference(spec, tensors).astype(tensors.input.dtype)
+    image = tensors.input.copy()
+    held = copied_bytes(tensors, (image, tensors.offset))
+    return Prepared(lambda: result.copy() if image.size else None, lambda value: value, held)
+
+
+def named(spec, extents, tensors, threads, schedule):
+    """Say what a row should hold: an artifact and a note."""
+    prepared = right(spec, extents, tensors, threads, schedule)
+    return Prepared(prepared.call, prepared.output, artifact="an-artifact", note="it sees <this> its own way")
+
+
+def escaping(spec, extents, tensors, threads, schedule):
+    """Let a thread run where the process was not to."""
+    prepared = right(spec, extents, tensors, threads, schedule)
+    everywhere = range(os.cpu_count())
+
+    def run():
+        os.sched_setaffinity(0, everywhere)
+        time.sleep(3600)
+
+    threading.Thread(target=run, daemon=True).start()
+    return prepared
+
+
+def patient(spec, extents, tensors, threads, schedule):
+    """Take 20 ms, and write a line to the file named by `schedule` whenever it is called."""
+    prepared = right(spec, extents, tensors, threads, None)
+
+    def call():
+        time.sleep(0.02)
+        with Path(schedule).open("a") as file:
+            file.write("called\n")
+        return prepared.call()
+
+    return Prepared(call, prepared.output)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark: its protocol with cheap providers, its command.
+"""The benchmark: its protocol with cheap providers.
 
 No time is ever asserted: only what was measured how often, by whom, and what is said when it fails.
 """
@@ -7,7 +7,6 @@ No time is ever asserted: only what was measured how often, by whom, and what is
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import subprocess
@@ -18,21 +17,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bench_fakes import FAKES, QUICK, SMALL, fake
-from bench_rows import row
-from click.testing import CliRunner
 
 from tvmdcn.bench import command as bench
-from tvmdcn.bench import protocol as bench_protocol
-from tvmdcn.bench.command import benchmark_command, section_table
 from tvmdcn.bench.comparison import organize
 from tvmdcn.bench.inputs import Expected, Inputs, relative_error
-from tvmdcn.bench.measurement import Measurement, read_rows
+from tvmdcn.bench.measurement import Measurement
 from tvmdcn.bench.process import Worker, WorkerError
-from tvmdcn.bench.protocol import Protocol, compare, turn_order
-from tvmdcn.bench.providers import BackwardTensors, Provider, default_providers
+from tvmdcn.bench.protocol import compare
+from tvmdcn.bench.provider import BackwardTensors, Provider
+from tvmdcn.bench.providers import default_providers
+from tvmdcn.bench.sweep import vary
+from tvmdcn.bench.turns import Protocol, Turns, turn_order
 from tvmdcn.bench.words import describe_layer
 from tvmdcn.bench.worker import load_tensors, save_tensors
-from tvmdcn.problems import PROBLEMS, TEST_PROBLEMS, Problem, make_tensors
+from tvmdcn.problems import PROBLEMS, REAL_LAYERS, TEST_PROBLEMS, Problem, make_tensors
 from tvmdcn.spec import DeformConv2dGradSpec
 from tvmdcn.tensors import make_gradient_tensors
 
@@ -260,7 +258,7 @@ def test_slow_provider_gets_fewer_turns():
 
 
 def test_turns_of_a_slow_provider_are_spread_over_the_rounds():
-    turns = bench_protocol._Turns(None, 2, {}, None)
+    turns = Turns(None, 2, {}, None)
     assert [turns.due(index, 6) for index in range(6)] == [True, False, False, True, False, False]
 
 
@@ -280,6 +278,42 @@ def test_inputs_that_cannot_be_made_are_a_reason(tmp_path):
 def test_real_tensors_are_for_the_real_layers_only(tmp_path):
     (found,) = compare([SMALL], [1], [fake("right")], protocol=QUICK, real_layers=tmp_path)
     assert found.status == "ok"
+
+
+def write_real_layer(folder, name="aliked_b4c1"):
+    spec, extents = PROBLEMS[name].spec, PROBLEMS[name].extents
+    tensors = make_tensors(spec, extents, seed=7)
+    arrays = {part: getattr(tensors, part) for part in ("input", "offset", "weight")}
+    output = np.zeros(spec.output_shape(extents), np.float32)
+    np.savez(folder / f"{REAL_LAYERS[name]}.npz", **arrays, output_float64_rounded=output)
+    return arrays
+
+
+def test_real_tensors_come_in_every_dtype_and_layout(tmp_path):
+    arrays = write_real_layer(tmp_path)
+    inputs = Inputs(tmp_path, 0, tmp_path)
+    layer = PROBLEMS["aliked_b4c1"]
+    (odd,) = vary([layer], ["float16"], ["NHWC"])
+    for problem in (odd, odd.backward):
+        folder, expected = inputs.of(problem)
+        read = load_tensors(folder, problem.spec)
+        assert inputs.kind_of(problem) == "real"
+        assert read.input.dtype == "float16"
+        np.testing.assert_array_equal(read.input, arrays["input"].transpose(0, 2, 3, 1).astype(np.float16))
+        np.testing.assert_array_equal(read.offset, arrays["offset"].transpose(0, 2, 3, 1).astype(np.float16))
+        np.testing.assert_array_equal(read.weight, arrays["weight"].astype(np.float16))
+        shapes = {name: problem.spec.shape_of(name, problem.extents) for name in problem.spec.outputs}
+        assert {name: array.shape for name, array in expected.results.items()} == shapes
+
+
+def test_real_tensors_are_of_one_size(tmp_path):
+    arrays = write_real_layer(tmp_path)
+    inputs = Inputs(tmp_path, 0, tmp_path)
+    layer = PROBLEMS["aliked_b4c1"]
+    (larger,) = vary([layer], image_sizes=[(16, 20)])
+    assert (inputs.kind_of(layer), inputs.kind_of(larger), inputs.kind_of(SMALL)) == ("real", "made", "made")
+    assert not np.array_equal(load_tensors(inputs.of(larger)[0], larger.spec).weight, arrays["weight"])
+    assert Inputs(tmp_path, 0, None).kind_of(layer) == "made"
 
 
 def test_time_budget_leaves_problems_out_and_says_so(caplog):
@@ -320,7 +354,7 @@ def test_worker_stands_still_while_others_measure(tmp_path):
         before = ticks.read_bytes()
         time.sleep(0.2)
         assert ticks.read_bytes() == before
-        worker.ask({"do": "measure", "seconds": 0.05, "min_calls": 1, "warmup": None}, 60)
+        worker.ask({"do": "measure", "cache": "warm", "seconds": 0.05, "min_calls": 1, "warmup": None}, 60)
         assert len(ticks.read_bytes()) > len(before)
     assert not worker.alive
 
@@ -330,7 +364,7 @@ def test_closed_worker_gives_a_reason(tmp_path):
         worker.ask(prepare_request(tmp_path), 60)
         worker.close()
         with pytest.raises(WorkerError, match="the process has been ended"):
-            worker.ask({"do": "measure", "seconds": 0, "min_calls": 1, "warmup": None}, 60)
+            worker.ask({"do": "measure", "cache": "warm", "seconds": 0, "min_calls": 1, "warmup": None}, 60)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end a process with its parent")
@@ -353,119 +387,3 @@ def test_stopped_worker_ends_with_its_parent(tmp_path):
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline, "the worker outlived its parent"
         time.sleep(0.05)
-
-
-# --- the command -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fakes(monkeypatch):
-    table = {
-        provider.name: provider
-        for provider in (
-            fake("right", "ours", "gradients"),
-            fake("noisy"),
-            fake("floor", "floor", "floor"),
-            fake("unsupported"),
-        )
-    }
-    monkeypatch.setattr(bench, "PROVIDERS", table)
-    return table
-
-
-def test_command_measures_writes_and_shows(tmp_path, fakes):
-    output = tmp_path / "new" / "rows.jsonl"
-    arguments = [
-        "--problem",
-        "asymmetric_single",
-        "row",
-        "--threads",
-        "1",
-        "2",
-        "--rounds",
-        "1",
-        "--burst",
-        "0.001",
-    ]
-    result = CliRunner().invoke(
-        benchmark_command, [*arguments, "--provider", *fakes, "--output", str(output)], catch_exceptions=False
-    )
-    assert result.exit_code == 0
-    rows, complaints = read_rows(output)
-    assert complaints == []
-    assert len(rows) == 2 * 2 * len(fakes)
-    assert {(found.problem, found.threads) for found in rows} == {
-        (problem, threads) for problem in ("asymmetric_single", "row") for threads in (1, 2)
-    }
-    for text in ("geometric mean", "vs peer", "2 threads", "it cannot do <this> & that"):
-        assert text in result.stdout
-    assert f"16 rows in {output}" in " ".join(result.stderr.split())
-
-
-@pytest.mark.parametrize(
-    ("direction", "parts"),
-    [
-        ("backward", [("forward", "right"), ("backward", "right"), ("backward", "floor")]),
-        ("all", [("forward", "right"), ("forward", "floor"), ("backward", "right"), ("backward", "floor")]),
-    ],
-)
-def test_command_measures_gradients(tmp_path, fakes, direction, parts):
-    output = tmp_path / "rows.jsonl"
-    arguments = ["--problem", "row", "--rounds", "1", "--burst", "0.001", "--direction", direction]
-    result = CliRunner().invoke(
-        benchmark_command,
-        [*arguments, "--provider", "right", "floor", "--output", str(output)],
-        catch_exceptions=False,
-    )
-    assert result.exit_code == 0
-    assert [(found.direction, found.provider) for found in read_rows(output)[0]] == parts
-    for text in ("backward, 1 thread", "vs forward", "at most 2.2\u00d7 our own forward"):
-        assert text in result.stdout
-    assert "row backward 1 right: " in result.stderr
-
-
-def test_command_runs_a_provider_elsewhere(fakes):
-    arguments = ["--problem", "row", "--rounds", "1", "--burst", "0.001", "--provider", "right"]
-    result = CliRunner().invoke(benchmark_command, [*arguments, "--python", "right=/no/such/python"])
-    assert result.exit_code == 1
-    assert "/no/such/python" in result.stdout
-
-
-def test_command_fails_when_all_fails(fakes):
-    arguments = ["--problem", "row", "--provider", "unsupported", "--rounds", "1"]
-    assert CliRunner().invoke(benchmark_command, arguments).exit_code == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--provider", "mmcv"], "'mmcv' is not one of ours-tuned, ours-default"),
-        (["--problem", "r51"], "problem 'r51' is neither a name nor of the form"),
-        (["--threads", "0"], "0 is not in the range x>=1"),
-        (["--direction", "sideways"], "'sideways' is not one of 'forward', 'backward', 'all'"),
-        (["--python", "torchvision"], "'torchvision' is not of the form PROVIDER=INTERPRETER"),
-        (["--python", "mmcv=/usr/bin/python3"], "'mmcv' is not one of ours-tuned"),
-        (["--rounds", "none"], "'none' is not a valid integer"),
-        (["--problem-file", "no-such-file.json"], "does not exist"),
-        (["stray"], "unexpected extra argument"),
-    ],
-)
-def test_command_refuses_in_words(arguments, message):
-    result = CliRunner().invoke(benchmark_command, arguments)
-    assert result.exit_code in (1, 2)
-    assert message in result.stderr
-
-
-def test_all_means_the_named_problems():
-    assert bench._problems((), None, None) == list(PROBLEMS.values())
-    assert bench._problems(("all", "deft"), None, None) == list(PROBLEMS.values())
-    assert [p.name for p in bench._problems((), None, Path("."))][:1] == ["aliked_b3c1"]
-
-
-def test_table_shows_hostile_names_as_they_are():
-    from rich.console import Console
-
-    (section,) = organize([row(problem="[red]x[/nothing]", provider="ours-tuned", role="ours")])
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(section_table(section))
-    assert "[red]x[/nothing]" in console.export_text()

@@ -33,7 +33,7 @@ needs_posix = pytest.mark.skipif(os.name != "posix", reason="owners and modes ar
 @pytest.mark.parametrize("depth", range(4))
 def test_directories_that_others_can_write_are_refused(cache_dir, mode, depth):
     artifact = build_fake()
-    path = [cache_dir, cache_dir / "v1", artifact.path.parent, artifact.path][depth]
+    path = [cache_dir, cache_dir / "v2", artifact.path.parent, artifact.path][depth]
     path.chmod(mode)
     with pytest.raises(ArtifactError, match=rf"can be written by others \(mode {mode:04o}\).*chmod -R go-w"):
         find(artifact.key)

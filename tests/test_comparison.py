@@ -1,161 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of measurements: what they hold, what they say when set beside each other."""
+"""Rows of measurements set beside each other: ratios, means, sections, sweeps."""
 
 from __future__ import annotations
 
-import json
-import math
-from pathlib import Path
+import dataclasses
 
-import numpy as np
 import pytest
 from bench_rows import GRADIENTS, backward_rows, row
 
 from tvmdcn.bench.comparison import geometric_mean, organize, thread_gains
-from tvmdcn.bench.measurement import MEASURES, Measurement, MeasurementError, append_row, percentile, read_rows
+from tvmdcn.bench.measurement import MEASURES
 from tvmdcn.bench.words import describe_layer, describe_measure
 from tvmdcn.problems import PROBLEMS, TEST_PROBLEMS
-from tvmdcn.spec import DeformConv2dGradSpec
-
-MEASUREMENTS = Path(__file__).resolve().parents[1] / "docs" / "measurements"
-
-
-@pytest.mark.parametrize(
-    "measurement",
-    [
-        row(),
-        row(provider="ours-tuned", role="ours", schedule="tuned", max_rel_error=1e-7),
-        row(status="failed", reason='a "reason"\nof two lines, \u00e4 \U0001f600'),
-        row(measure="first_result", threads=2),
-        row(spec=GRADIENTS),
-        row(spec=DeformConv2dGradSpec.of(PROBLEMS["r50_c4"].spec, grad_weight=False, border="mmcv")),
-    ],
-)
-def test_row_survives_a_file(tmp_path, measurement):
-    path = tmp_path / "rows.jsonl"
-    append_row(path, measurement)
-    append_row(path, measurement)
-    assert read_rows(path) == ([measurement, measurement], [])
-    assert path.read_text().count("\n") == 2
-    assert json.loads(path.read_text().splitlines()[0])["direction"] == measurement.direction
-
-
-def test_direction_and_operations_are_those_of_what_was_computed():
-    forward, backward = row(), row(spec=GRADIENTS)
-    assert (forward.direction, forward.title) == ("forward", "r50_c4")
-    assert (backward.direction, backward.title) == ("backward", "r50_c4 backward")
-    assert backward.layer == forward.layer == forward.spec
-    assert backward.operations == 2 * forward.operations == 4 * 1024 * 256 * 256 * 9
-
-
-def test_rows_of_the_first_schema_are_forward():
-    data = row().to_json()
-    del data["direction"]
-    assert Measurement.from_json({**data, "schema": 1}) == row()
-    with pytest.raises(MeasurementError, match="missing direction"):
-        Measurement.from_json(data)
-    with pytest.raises(MeasurementError, match=r"the row describes no layer: .*unknown border"):
-        Measurement.from_json({**data, "schema": 1, "spec": GRADIENTS.to_json()})
-
-
-@pytest.mark.parametrize("path", sorted(MEASUREMENTS.glob("*.jsonl")), ids=lambda path: path.stem)
-def test_rows_that_were_published_are_still_read(path):
-    rows, complaints = read_rows(path)
-    assert complaints == []
-    assert rows
-
-
-BAD_FIELDS = {
-    "empty problem": ({"problem": ""}, "problem must be a text that is not empty"),
-    "role": ({"role": "rival"}, "role must be one of ours, peer, floor, got 'rival'"),
-    "threads of zero": ({"threads": 0}, "threads must be an int of at least 1, got 0"),
-    "threads of a bool": ({"threads": True}, "threads must be an int"),
-    "status": ({"status": "fine"}, "status must be one of ok, failed"),
-    "measure": ({"measure": "guess"}, "measure must be one of call"),
-    "infinite time": ({"p90": math.inf}, "p90 must be a finite number"),
-    "negative time": ({"min_ms": -1.0}, "min_ms must be a finite number of at least 0"),
-    "time as text": ({"median_ms": "2"}, "median_ms must be a finite number"),
-    "missing time": ({"p10": None}, "median_ms must be four times where status is ok"),
-    "order of times": ({"p90": 1.1}, "in ascending order"),
-    "zero time": ({"min_ms": 0.0}, "positive"),
-    "no runs": ({"runs": 0}, "runs must be at least 1 where status is ok"),
-    "reason of a success": ({"reason": "why"}, "reason must be null where status is ok"),
-    "no reason": ({"status": "failed"}, "reason must be given where status is failed"),
-    "date": ({"date": "yesterday"}, "date must be a date and time in ISO 8601, got 'yesterday'"),
-    "machine": ({"machine": None}, "machine must be an object"),
-    "versions": ({"versions": {"torch": 2}}, "versions must be an object of texts"),
-    "nan error": ({"max_rel_error": math.nan}, "max_rel_error must be a finite number"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FIELDS)
-def test_row_is_validated(case):
-    fields, message = BAD_FIELDS[case]
-    with pytest.raises(MeasurementError) as raised:
-        row(**fields)
-    assert message in str(raised.value)
-
-
-def test_failed_row_has_no_times():
-    with pytest.raises(MeasurementError, match="median_ms must be null where status is failed"):
-        row(status="failed", reason="why", median_ms=1.0)
-
-
-def edited(**changes):
-    data = row().to_json()
-    for key, value in changes.items():
-        if value is ...:
-            del data[key]
-        else:
-            data[key] = value
-    return json.dumps(data).encode()
-
-
-BROKEN_LINES = {
-    "no json": (b"{broken", "not a line of JSON"),
-    "no text": (b'{"a": "\xff"}', "not a line of JSON"),
-    "cut short": (edited()[:-20], "not a line of JSON"),
-    "deep nesting": (b"[" * 100_000, "not a line of JSON"),
-    "a list": (b"[1]", "a row must be a JSON object, got list"),
-    "other schema": (edited(schema=3), "schema must be 1 or 2, got 3: measure again"),
-    "schema of a bool": (edited(schema=True), "schema must be 1 or 2, got True: measure again"),
-    "other direction": (edited(direction="backward"), "direction must be forward, as the operator in spec says"),
-    "unknown key": (edited(fast=True), "missing none; unknown fast"),
-    "missing key": (edited(runs=...), "missing runs; unknown none"),
-    "bad layer": (edited(spec={"operator": "conv"}), "the row describes no layer"),
-    "bad extents": (edited(extents={"batch": 1}), "the row describes no layer"),
-    "layer too small": (edited(extents={"batch": 1, "height": 1, "width": -1}), "the row describes no layer"),
-    "bad value": (edited(median_ms=None), "median_ms must be four times"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN_LINES)
-def test_broken_line_is_named_and_the_rest_is_used(tmp_path, case):
-    line, message = BROKEN_LINES[case]
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\n".join((edited(), b"", line, edited(threads=2), b"")))
-    rows, complaints = read_rows(path)
-    assert [found.threads for found in rows] == [1, 2]
-    (complaint,) = complaints
-    assert complaint.startswith(f"{path}, line 3: ")
-    assert message in complaint
-
-
-def test_line_cut_by_a_kill_does_not_swallow_the_next(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(edited()[:50])
-    append_row(path, row())
-    rows, complaints = read_rows(path)
-    assert rows == [row()]
-    assert len(complaints) == 1
-
-
-def test_percentile_agrees_with_numpy():
-    values = [5.0, 1.0, 9.0, 2.5, 2.5, 7.0]
-    for share in (0, 0.1, 0.5, 0.9, 1):
-        assert percentile(values, share) == pytest.approx(np.quantile(values, share))
-    with pytest.raises(ValueError, match="percentile needs values"):
-        percentile([], 0.5)
 
 
 def test_geometric_mean():
@@ -212,6 +68,62 @@ def test_machines_and_threads_are_kept_apart_and_the_latest_row_counts():
     assert [(s.machine["cpu"], s.threads) for s in sections] == [("a cpu", 1), ("a cpu", 2), ("another", 1)]
     assert sections[0].lines[0].rows["onnxruntime"] is later
     assert sections[0].superseded == 2
+
+
+def test_what_differs_in_more_than_the_provider_is_not_compared():
+    half = dataclasses.replace(PROBLEMS["r50_c4"].spec, dtype="float16")
+    last = dataclasses.replace(PROBLEMS["r50_c4"].spec, layout="NHWC")
+    rows = [
+        row(spec=last, median_ms=1.875),
+        row(spec=half, median_ms=1.75),
+        row(cache="cold", median_ms=2.125),
+        row(device="cuda", median_ms=1.5),
+        row(median_ms=1.625),
+        row(sweep=("batch",), median_ms=1.3125),
+    ]
+    sections = organize(rows)
+    assert [section.title for section in sections] == [
+        "forward, 1 thread",
+        "forward, 1 thread, cold caches",
+        "forward, 1 thread, float16",
+        "forward, 1 thread, NHWC",
+        "forward, 1 thread, cuda",
+    ]
+    times = [section.lines[0].rows["onnxruntime"].median_ms for section in sections]
+    assert times == [1.625, 2.125, 1.75, 1.875, 1.5]
+    assert [(s.device, s.cache, s.dtype, s.layout) for s in sections[3:]] == [
+        ("cpu", "warm", "float32", "NHWC"),
+        ("cuda", "warm", "float32", "NCHW"),
+    ]
+    assert [len(section.sweeps) for section in sections] == [1, 0, 0, 0, 0]
+    assert all(section.superseded == 0 for section in sections)
+
+
+def test_gradients_know_the_forward_of_the_same_place():
+    half = dataclasses.replace(PROBLEMS["r50_c4"].spec, dtype="float16")
+    ours = {"provider": "ours-tuned", "role": "ours"}
+    rows = [
+        row(spec=GRADIENTS, **ours),
+        row(cache="cold", median_ms=1.25, **ours),
+        row(spec=half, median_ms=1.5, **ours),
+        row(sweep=("batch",), median_ms=1.75, **ours),
+    ]
+    backward = next(section for section in organize(rows) if section.direction == "backward")
+    assert backward.lines[0].growth is None
+    backward = next(s for s in organize([*rows, row(median_ms=1.6, **ours)]) if s.direction == "backward")
+    assert backward.lines[0].growth == 2 / 1.6
+
+
+def test_unsteady_rows_of_a_section_are_found():
+    noisy = {"p90": 9.0}
+    rows = [
+        row(**noisy),
+        row(provider="openvino"),
+        row(sweep=("batch",), **noisy),
+        row(measure="first_result", **noisy),
+    ]
+    (section,) = organize(rows)
+    assert section.unsteady == [rows[0], rows[2], rows[3]]
 
 
 def test_other_versions_are_found():

@@ -312,13 +312,13 @@ def test_left_with_a_reason(peers, make, reason):
     assert f"left: {left.reason}" in str(report)
 
 
-def test_layer_elsewhere_than_in_cpu_memory_is_left(peers):
-    """A weight on a GPU, as far as can be seen without one."""
+def test_layer_on_another_device_is_left(peers):
+    """A weight on a GPU of another make, as far as can be seen without one."""
     layer = torchvisions(peers)
     del layer.weight
-    layer.weight = types.SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float32)
+    layer.weight = types.SimpleNamespace(device=torch.device("xpu", 1), dtype=torch.float32)
     (left,) = replace_modules(layer).left
-    assert left.reason == "it is on cuda:1, and tvmdcn computes on CPUs; move the model first"
+    assert left.reason == "it is on xpu:1, and tvmdcn computes on CPUs and NVIDIA GPUs; move the model first"
 
 
 def test_other_layers_are_no_part_of_the_report(peers):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ READERS = {
     "TVMDCN_RECORDS": env.records_dir,
     "TVMDCN_LOCK_TIMEOUT": env.lock_timeout,
     "TVMDCN_TARGET": env.target,
+    "TVMDCN_PACK": env.packs,
 }
 
 
@@ -107,6 +109,7 @@ def test_directories_become_absolute(monkeypatch, tmp_path):
         ("TVMDCN_LOCK_TIMEOUT", "inf"),
         ("TVMDCN_LOCK_TIMEOUT", "5 minutes"),
         ("TVMDCN_RECORDS", "~no_such_user_of_this_machine/records"),
+        ("TVMDCN_PACK", "~no_such_user_of_this_machine/pack"),
     ],
 )
 def test_refuses_with_name_value_and_what_it_may_be(monkeypatch, name, value):
@@ -121,13 +124,24 @@ def test_refuses_with_name_value_and_what_it_may_be(monkeypatch, name, value):
 def test_refuses_what_is_no_directory(monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.touch()
-    for name in ("TVMDCN_CACHE_DIR", "TVMDCN_RECORDS"):
+    for name in ("TVMDCN_CACHE_DIR", "TVMDCN_RECORDS", "TVMDCN_PACK"):
         monkeypatch.setenv(name, str(file))
         with pytest.raises(SettingError, match=f"{name}=.*is not a directory"):
             READERS[name]()
     monkeypatch.setenv("TVMDCN_RECORDS", str(tmp_path / "missing"))
     with pytest.raises(SettingError, match="does not exist"):
         env.records_dir()
+
+
+def test_several_packs_may_be_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("TVMDCN_PACK", os.pathsep.join(["one", "", str(tmp_path / "two")]))
+    assert env.packs() == (tmp_path / "one", tmp_path / "two")
+    monkeypatch.setenv("TVMDCN_PACK", os.pathsep.join(["one", "three"]))
+    with pytest.raises(SettingError, match=r"TVMDCN_PACK='three' is not a directory"):
+        env.packs()
 
 
 def test_finds_misspelt_names():

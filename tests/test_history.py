@@ -16,7 +16,7 @@ HEADER = {"name": "a_layer", "spec": {"padding": (1, 1)}, "target": "llvm-a", "t
 ROWS = [
     TrialRow(Decisions("full-2-tap", {"unroll": 1}), 2e-3, "", 1.5),
     TrialRow(Decisions("full-2-tap", {"unroll": 2}), None, "wrong result: relative error 1e+00 above 2e-05", 2.0),
-    TrialRow(Decisions("split-2-tap", {"unroll": 1, "taps": 3}), 1e-3, "", 3.25),
+    TrialRow(Decisions("split-2-tap", {"unroll": 1, "taps": 3}), 1e-3, "", 3.25, 1, 0.75),
     TrialRow(Decisions("split-2-tap", {"unroll": 1, "taps": 9}), None, "wrong result: other details", 4.0),
 ]
 
@@ -104,6 +104,11 @@ GOOD = {"decisions": {"variant": "v", "values": {"a": 1}}, "seconds": 1e-3, "rea
         json.dumps({**GOOD, "decisions": {"variant": "v", "values": {"a": "1"}}}).encode(),
         json.dumps({**GOOD, "decisions": {"variant": "v", "values": {"a": 1.5}}}).encode(),
         json.dumps({"seconds": 1}).encode(),
+        json.dumps({**GOOD, "round": -1}).encode(),
+        json.dumps({**GOOD, "round": 1.5}).encode(),
+        json.dumps({**GOOD, "round": True}).encode(),
+        json.dumps({**GOOD, "predicted": "well"}).encode(),
+        json.dumps({**GOOD, "predicted": float("nan")}).encode(),
     ],
     ids=lambda line: line[:60].decode(errors="replace"),
 )
@@ -121,6 +126,16 @@ def test_file_that_is_no_log_is_refused(log: Path, header: bytes) -> None:
     log.write_bytes(header + b"\n")
     with pytest.raises(RecordsError, match="line 1 cannot be read: its schema is not 1"):
         read_log(log)
+
+
+def test_trials_of_earlier_versions_have_no_round_and_no_prediction(log: Path) -> None:
+    with open(log, "a") as file:
+        file.write(json.dumps(GOOD) + "\n")
+    row = read_log(log)[1][-1]
+    assert (row.round, row.predicted) == (None, None)
+    (history,) = histories(log.parents[2])
+    assert [(trial.round, trial.predicted) for trial in history.trials[1:3]] == [(None, None), (1, 0.75)]
+    assert history.threads == 1
 
 
 def test_missing_file_is_an_error(tmp_path: Path) -> None:

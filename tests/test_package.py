@@ -32,6 +32,7 @@ SOURCES = (
     "constraints.txt",
     ".ci",
     "docs",
+    "examples",
     "schedules",
     "scripts",
     "tests",
@@ -114,7 +115,7 @@ def expected_files() -> set[str]:
     """Return the files that an installed package must have, as paths under site-packages."""
     files = set()
     for folder, patterns in (
-        ("tvmdcn", ("**/*.py", "py.typed", "report/templates/*")),
+        ("tvmdcn", ("**/*.py", "py.typed", "bench/*.json", "report/templates/*")),
         ("schedules", ("**/*.py",)),
         ("tuning_logs", ("*.py", "*/*.json")),
     ):
@@ -249,7 +250,7 @@ def test_command_is_installed(python: Path, tmp_path: Path) -> None:
     command = python.parent / "tvmdcn"
     text = run([command, "--help"], tmp_path)
     listed = re.findall(r"^  ([a-z]+)  ", text.partition("Commands:")[2], re.MULTILINE)
-    assert listed == ["tune", "build", "benchmark", "report", "info"]
+    assert listed == ["tune", "build", "pack", "benchmark", "report", "info"]
     assert PROJECT["project"]["version"] in run([command, "--version"], tmp_path)
     assert "TVMDCN_CACHE_DIR" in run([command, "info"], tmp_path)
 

@@ -14,10 +14,12 @@ import pytest
 from bench_fakes import QUICK, SMALL
 
 from tvmdcn.bench import overhead as bench_overhead
+from tvmdcn.bench.comparison import organize
 from tvmdcn.bench.inputs import Inputs
 from tvmdcn.bench.overhead import TINY, measure_first_result, measure_overhead
 from tvmdcn.bench.protocol import compare
 from tvmdcn.bench.providers import PROVIDERS
+from tvmdcn.bench.sweep import vary
 from tvmdcn.bench.worker import Layers
 from tvmdcn.problems import TEST_PROBLEMS, Problem
 from tvmdcn.spec import DeformConv2dGradSpec
@@ -47,6 +49,8 @@ def test_peer_computes_the_reference(name):
             continue
         assert (found.status, found.reason) == ("ok", None), found.problem
         assert provider.role == "floor" or found.max_rel_error < 1e-5
+        changed = found.spec.layout == "NHWC" and provider.role == "peer"
+        assert found.note == ("computed in NCHW; the change from NHWC is not timed" if changed else None)
 
 
 _BACKWARD_PEERS = [name for name in PROVIDERS if PROVIDERS[name].role != "ours" and PROVIDERS[name].backward]
@@ -84,11 +88,15 @@ def kernels(cache_dir):
     if handmade.COMPILER is None:
         pytest.skip("no C compiler")
     problems = [SMALL, TEST_PROBLEMS["asymmetric_nhwc"], TINY]
+    build(problems)
+    return problems
+
+
+def build(problems):
     for problem in (*problems, *(problem.backward for problem in problems)):
         handmade.build(problem.spec, schedule="default")
         if problem.forward == TINY:
             handmade.build(problem.spec)
-    return problems
 
 
 @pytest.mark.parametrize("source", ["prepare_ours", "prepare_ours_torch"])
@@ -99,6 +107,21 @@ def test_ours_computes_the_reference(kernels, source):
     for found in compare(kernels, [2], [provider], protocol=QUICK):
         assert (found.status, found.reason, found.schedule) == ("ok", None, "default")
         assert found.max_rel_error < 1e-5
+        assert (found.artifact is not None) == (source == "prepare_ours")
+
+
+def test_one_kernel_serves_all_sizes(cache_dir):
+    if handmade.COMPILER is None:
+        pytest.skip("no C compiler")
+    build([SMALL])
+    varied = vary([SMALL, SMALL.backward], batches=[1, 3], image_sizes=[(5, 4), (9, 11)])
+    rows = compare(varied, [1], [PROVIDERS["ours-default"]], protocol=QUICK, sweep=["batch", "image_size"])
+    assert [found.status for found in rows] == ["ok"] * 8
+    for section in organize(rows):
+        (sweep,) = section.sweeps
+        assert len(sweep.extents) == len(sweep.rows["ours-default"]) == 4
+        (artifact,) = sweep.artifacts("ours-default")
+        assert artifact.startswith(SMALL.spec.operator)
 
 
 @pytest.mark.parametrize("source", ["prepare_ours", "prepare_ours_numpy", "prepare_ours_torch"])

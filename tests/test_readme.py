@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -17,7 +18,7 @@ from tvmdcn.problems import parse_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ("README.md", "tuning_logs/README.md", "CHANGELOG.md")
+PAGES = ("README.md", "tuning_logs/README.md", "docs/tuning-farm.md", "CHANGELOG.md")
 
 
 def blocks(language: str) -> list[str]:
@@ -53,6 +54,8 @@ def test_commands_exist() -> None:
             options = {name for parameter in command.params for name in (*parameter.opts, "--help")}
             used = {word.partition("=")[0] for word in arguments[1:] if word.startswith("-")}
             assert used <= options, f"`{shlex.join(words)}`: no such option as {used - options}"
+        elif program == "-m":
+            assert find_spec(arguments[0]) is not None, f"`{shlex.join(words)}`: there is no module {arguments[0]}"
         else:
             assert (ROOT / program).exists(), f"`{shlex.join(words)}`: there is no {program}"
 

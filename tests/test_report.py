@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import html
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -11,56 +11,25 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from report_rows import HOSTILE, all_providers, backward, roof, roofs, row, sweep
 
+pytest.importorskip("altair")
+pytest.importorskip("vl_convert")
 pytest.importorskip("jinja2")
-pytest.importorskip("matplotlib")
 
 from tvmdcn.bench.comparison import organize
-from tvmdcn.bench.measurement import Measurement, MeasurementError, append_row, read_rows
+from tvmdcn.bench.measurement import MeasurementError
+from tvmdcn.bench.rows import append_row, read_rows
 from tvmdcn.problems import PROBLEMS
-from tvmdcn.report.data import SchedulePair, ScheduleView, Trial, TuningHistory
-from tvmdcn.report.figures import draw_bars, draw_tuning
-from tvmdcn.report.page import benchmark_block, report, report_command, update_block
+from tvmdcn.report.charts import COLORS, Numbers, chart, color_of
+from tvmdcn.report.command import report_command
+from tvmdcn.report.data import Trial, TuningHistory
+from tvmdcn.report.exports import write_csv
+from tvmdcn.report.page import benchmark_block, report, update_block
+from tvmdcn.report.roofline import ceilings, column_bytes, stands
+from tvmdcn.report.schedules import SchedulePair, ScheduleView
 
 ROOT = Path(__file__).resolve().parents[1]
-HOSTILE = "<script>alert(1)</script>\"'&|`$x$ \u4e16\n# [a](b) ]]> </svg> {{ 1 }} \x07"
-PROVIDERS = {
-    "ours-tuned": ("ours", 5.0),
-    "ours-default": ("ours", 6.0),
-    "ours-naive": ("ours", 900.0),
-    "onnxruntime": ("peer", 10.0),
-    "openvino": ("peer", 20.0),
-    "conv2d-nchw": ("floor", 8.0),
-    "conv2d-channels-last": ("floor", 4.0),
-}
-MACHINE = {"cpu": "A cpu", "target": "llvm-a", "cores": 2, "hypervisor": True, "l2_bytes": 1 << 20}
-
-
-def row(provider="ours-tuned", problem="r50_c4", **fields):
-    role, median = PROVIDERS.get(provider, ("peer", 30.0))
-    layer = PROBLEMS.get(problem, PROBLEMS["r50_c4"])
-    median = fields.pop("median_ms", median)
-    times = {
-        "median_ms": median,
-        "min_ms": median * 0.9,
-        "p10": median * 0.95,
-        "p90": median * 1.1,
-        "runs": 30,
-    }
-    base = {
-        "problem": problem,
-        "spec": layer.spec,
-        "extents": layer.extents,
-        "provider": provider,
-        "role": role,
-        "threads": 1,
-        "machine": MACHINE,
-        "versions": {"python": "3.11", "tvmdcn": "0.1"},
-        "date": "2026-11-22T10:00:00+00:00",
-        "command": "scripts/benchmark.py --problem r50_c4",
-        **({} if fields.get("status") == "failed" else times),
-    }
-    return Measurement(**{**base, **fields})
 
 
 @pytest.fixture
@@ -89,13 +58,14 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.links, self.text = [], set(), [], []
+        self.open, self.tags, self.links, self.text, self.scripts = [], set(), [], [], []
         self.feed(text)
         self.close()
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
+        self.scripts += [dict(attrs).get("type")] if tag == "script" else []
         self.links += [value for name, value in attrs if name in ("href", "src", "xlink:href", "action")]
         assert not [name for name, _ in attrs if name.startswith("on")]
         if tag not in self.VOID:
@@ -110,15 +80,12 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text.append(data)
+        if not {"script", "style"} & set(self.open):
+            self.text.append(data)
 
     @property
     def words(self):
         return " ".join(" ".join(self.text).split())
-
-
-def all_providers(**fields):
-    return [row(provider, **fields) for provider in PROVIDERS]
 
 
 def test_verdict_and_table_quote_the_rows(make):
@@ -135,14 +102,11 @@ def test_verdict_and_table_quote_the_rows(make):
         assert text in words
         assert text.split()[0] in markdown
     assert "geometric mean of 2 layers" in words
+    assert "faster on 2 of 2 layers" in words
     line = next(line for line in markdown.splitlines() if line.startswith("| r50_c4 |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:9] == ["**5.00**", "6.00", "900", "**10.0**", "20.0", "8.00", "**4.00**", "2.00\u00d7"]
     assert "2.00\u00d7" in page.split("More threads")[1]  # two threads against one
-
-
-def backward(provider="ours-tuned", problem="r50_c4", **fields):
-    return row(provider, problem, spec=PROBLEMS[problem].backward.spec, **fields)
 
 
 def test_gradients_have_tables_and_verdicts_of_their_own(make):
@@ -168,17 +132,16 @@ def test_gradients_have_tables_and_verdicts_of_their_own(make):
     (line,) = (line for line in gradients.splitlines() if line.startswith("| deft |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["deft", "**12.0**", "", "**84.0**", "", "7.00\u00d7", "\u2013", "2.40\u00d7", "50", "\u2013"]
-    headings = re.findall("<h2>(.*?)</h2>", page)
-    assert headings[:2] == ["Forward, 1 thread", "Backward, 1 thread"]
-    assert page.count("<svg") == 2
-    assert "plain conv2d&#39;s backward" in page
+    headings = re.findall(r'<section id="verdict-\d">\n<h3>(.*?) <small>', page)
+    assert headings == ["Forward, 1 thread", "Backward, 1 thread"]
+    assert "plain conv2d\\u0027s backward = 1" in page
 
 
 def test_marks_are_explained_where_they_stand(make):
     odd = row("openvino", versions={"python": "3.12", "tvmdcn": "0.1"}, p90=40.0)
     _, markdown, _ = make([row(), row("onnxruntime"), odd, row(threads=2)])
     one, two = markdown.split("## Forward, 2 threads")
-    assert "\\~ unsteady: the 90th percentile" in one
+    assert "\\~ unsteady: times spread so far" in one
     assert "\u2020 other versions: python 3.12 instead of 3.11." in one
     assert "unsteady" not in two
     assert "other versions" not in two
@@ -238,16 +201,30 @@ def test_readme_shows_the_rows_that_were_published(monkeypatch):
 
 
 def test_page_is_one_file_without_network(make):
-    histories = [TuningHistory("r50_c4", [Trial(0, 2.0), Trial(1, None, "build"), Trial(2, 1.5)])]
-    pair = SchedulePair("r50_c4", ScheduleView("default", {}, "a\nb"), ScheduleView("tuned", {}, "a\nc"))
-    page, _, _ = make(all_providers(), histories=histories, schedules=[pair])
+    histories = [TuningHistory("r50_c4", [Trial(0, 2.0), Trial(1, None, "build", 2.0), Trial(2, 1.5)])]
+    pair = SchedulePair(
+        "r50_c4", ScheduleView("default", texts={"TIR": "a\nb"}), ScheduleView("tuned", texts={"TIR": "c"})
+    )
+    page, _, _ = make(all_providers() + roofs(), histories=histories, pairs=[pair])
     parsed = Page(page)
-    assert not parsed.tags & {"script", "link", "img", "iframe", "object", "base"}
+    assert not parsed.tags & {"link", "img", "iframe", "object", "base"}
     assert all(link.startswith("#") for link in parsed.links)
-    assert not re.findall(r"@import|url\((?!#)", page)
-    assert "default-src 'none'" in page
-    assert {"svg", "table", "details", "mark"} <= parsed.tags
+    outside = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.findall(r"@import|url\((?!#)", outside)
+    policy = re.search('content="(default-src.*?)"', page)[1]
+    assert "default-src 'none'" in policy
+    assert "unsafe-eval" not in policy
+    assert "unsafe-inline" not in policy.split("script-src")[1]
+    # One digest per script that runs: the library, the charts, and the schedules' own.
+    assert policy.count("sha256-") == parsed.scripts.count(None) == 3
+    assert {"table", "details", "figure"} <= parsed.tags
     assert len(page) < 6_000_000
+
+
+def test_page_without_charts_carries_no_library(make):
+    page, _, _ = make([row(status="failed", reason="why")])
+    assert Page(page).scripts == []
+    assert len(page) < 40_000
 
 
 def test_hostile_names_stay_text(make):
@@ -257,19 +234,22 @@ def test_hostile_names_stay_text(make):
         row(HOSTILE, problem=HOSTILE, command=HOSTILE, versions={HOSTILE: HOSTILE}),
         row("conv2d-nchw", problem=HOSTILE),
         row(problem=HOSTILE, machine={"cpu": HOSTILE, "system": HOSTILE}),
+        *sweep(problem=HOSTILE),
     ]
     histories = [TuningHistory(HOSTILE, [Trial(0, 2.0), Trial(1, None, HOSTILE)], HOSTILE)]
-    left = ScheduleView(HOSTILE, {HOSTILE: HOSTILE}, f"``` \n{HOSTILE}")
-    right = ScheduleView("tuned", {HOSTILE: "x"}, "y")
-    page, markdown, _ = make(rows, histories=histories, schedules=[SchedulePair(HOSTILE, left, right)])
+    left = ScheduleView(HOSTILE, decisions={HOSTILE: HOSTILE}, texts={"TIR": f"``` \n{HOSTILE}"})
+    right = ScheduleView("tuned", decisions={HOSTILE: "x"}, texts={"TIR": "y"})
+    page, markdown, _ = make(rows, histories=histories, pairs=[SchedulePair(HOSTILE, left, right)])
     parsed = Page(page)
-    assert "script" not in parsed.tags
-    assert parsed.tags.isdisjoint({"a", "img"})
-    assert "<script" not in page
+    assert set(parsed.scripts) == {None, "application/json"}
+    assert parsed.tags.isdisjoint({"img", "base"})
+    assert "<script>alert" not in page
     assert "alert(1)" in parsed.words
-    outside = re.sub(r"^(`{3,})python\n.*?^\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    for text in re.findall('<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL):
+        assert not set("<>&'") & set(text)
+        json.loads(text)
+    outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
     assert "<script" not in "\n".join(line for line in outside.splitlines() if not line.startswith("    "))
-    assert "````python" in markdown  # longer than the fence within
     tables = [line for line in outside.splitlines() if line.startswith("|") and "alert" in line]
     assert tables
     for line in tables:
@@ -305,7 +285,7 @@ def test_without_a_plain_convolution_there_is_no_such_verdict(make):
     page, markdown, _ = make([row(), row("openvino")])
     assert "plain convolution of the same shape" not in Page(page).words
     assert "the time of a plain convolution" not in markdown
-    assert "<svg" in page
+    assert '<figure class="chart' in page
 
 
 def test_rows_of_other_versions_are_flagged(make):
@@ -320,6 +300,7 @@ def test_machines_are_never_compared(make):
     other = {"cpu": "Another cpu", "cores": 64}
     page, markdown, notes = make([row(), row("onnxruntime", machine=other)])
     assert notes[0].startswith("The rows come from 2 machines.")
+    assert any(re.search(r"rows\.jsonl, line 2: .*another machine", note) for note in notes)
     words = Page(page).words
     assert "Another cpu, 64 cores" in words
     assert "as fast as the fastest peer of each layer" not in words
@@ -327,24 +308,42 @@ def test_machines_are_never_compared(make):
 
 
 def test_unsteady_figures_are_marked(make):
-    page, markdown, _ = make([row(), row("openvino", p90=40.0)])
+    page, markdown, notes = make([row(), row("openvino", p90=40.0)])
     assert page.count("<sup>~</sup>") == 1
     assert "20.0** ~ |" in markdown
+    assert any(
+        "1 of 2 rows are unsteady and marked ~; the widest, openvino on r50_c4, spans 95% to 200%" in n for n in notes
+    )
+
+
+def test_cold_caches_have_a_place_of_their_own(make):
+    page, markdown, _ = make([*all_providers(), *all_providers(cache="cold")])
+    assert "Forward, 1 thread, cold caches" in Page(page).words
+    assert "### Forward, 1 thread, cold caches, A cpu" in markdown
 
 
 def test_broken_line_is_reported_and_the_rest_used(make):
-    page, _, notes = make(all_providers(), tail='{"schema": 1}\nnot json\n')
-    assert [re.search(r"line (\d+)", note)[1] for note in notes] == ["8", "9"]
+    page, _, notes = make(all_providers(), tail='{"schema": 1}\nnot json\n{"schema": 3, "kind": "la')
+    assert [re.search(r"line (\d+)", note)[1] for note in notes[:3]] == ["8", "9", "10"]
     assert "line 9: not a line of JSON" in Page(page).words
     assert "2.00\u00d7" in page
 
 
-def test_no_row_is_an_error(tmp_path):
-    path = tmp_path / "rows.jsonl"
+def test_older_rows_are_shown_and_named(make, tmp_path):
+    data = json.loads((ROOT / "docs/measurements/llvm-znver5.jsonl").read_text().splitlines()[0])
+    assert data["schema"] == 1
+    page, _, notes = make(all_providers(), tail=json.dumps(data) + "\n")
+    assert any(re.search(r"line 8: of schema 1, without samples", note) for note in notes)
+    assert "r50_c3" in Page(page).words
+
+
+def test_no_row_is_shown_and_told(tmp_path):
+    path, page = tmp_path / "rows.jsonl", tmp_path / "r.html"
     path.write_text("{}\n")
-    with pytest.raises(MeasurementError, match=r"no sound row in .*line 1: schema must be 1 or 2"):
-        report([path], None, tmp_path / "r.html")
-    assert not (tmp_path / "r.html").exists()
+    notes = report([path], None, page)
+    assert re.search(r"rows\.jsonl, line 1: schema must be 1 to 3", notes[0])
+    assert notes[1].startswith("there is no sound row in")
+    assert "there is no sound row in" in Page(page.read_text(encoding="utf-8")).words
 
 
 def test_overheads_and_superseded_rows(make):
@@ -358,7 +357,7 @@ def test_overheads_and_superseded_rows(make):
     ]
     page, markdown, notes = make(rows)
     assert notes == ["1 row left out: the same was measured again later."]
-    assert "77" not in re.sub("<style>.*</style>", "", page, flags=re.DOTALL).split("<table>")[1]
+    assert " 77" not in Page(page).words
     for text in (
         "call overhead, the kernel, NumPy",
         "0.0081",
@@ -376,77 +375,134 @@ def test_rows_of_overhead_alone_make_a_report(make):
     assert "call overhead, the kernel, torch" in Page(page).words
 
 
-def test_tuning_history(make):
-    trials = [
-        Trial(0, 4.0, elapsed_s=1.0),
-        Trial(1, None, "wrong result", 2.0),
-        Trial(2, 3.0, elapsed_s=3.0),
-        Trial(3, None, "time-out", 4.0),
-        Trial(4, None, "wrong result", 5.0),
-        Trial(5, 3.5, elapsed_s=61.0),
-    ]
-    history = TuningHistory("r50_c4", trials, "tuning_logs/llvm-a")
-    assert history.best_so_far() == [4.0, 4.0, 3.0, 3.0, 3.0, 3.0]
-    assert history.failures == {"wrong result": 2, "time-out": 1}
-    nothing = TuningHistory("r50_c5", [Trial(0, None)])
-    assert nothing.best_so_far() == [None]
-    page, markdown, _ = make(all_providers(), histories=[history, nothing])
+def test_memory_and_sweeps_are_shown(make):
+    page, _, _ = make([row(memory_bytes=3 << 19), row("openvino", memory_bytes=5 << 20), *sweep(), *sweep("openvino")])
     words = Page(page).words
-    for text in (
-        "6 trials in 61 s",
-        "3.00 ms at trial 2",
-        "the first took 4.00 ms",
-        "Failed: 2 wrong result, 1 time-out.",
-    ):
-        assert text in words
-    assert "None could be measured" in words
-    assert "| r50_c4 | 6 | 3 | 4.00 | 3.00 | 2 |" in markdown
-    assert "| r50_c5 | 1 | 1 | \u2013 | \u2013 | \u2013 |" in markdown
-
-
-def test_schedules_side_by_side_mark_what_differs(make):
-    left = ScheduleView("default", {"tile": "24 x 4", "unroll": "yes"}, "for i in range(4):\n    a <b>\n    c")
-    right = ScheduleView("tuned", {"tile": "24 x 8", "unroll": "yes"}, "for i in range(8):\n    a <b>\n    c")
-    page, markdown, _ = make(all_providers(), schedules=[SchedulePair("r50_c4", left, right)])
-    assert re.findall("<mark>(.*?)</mark>", page) == ["for i in range(4):", "for i in range(8):"]
-    assert html.escape("    a <b>") in page
-    assert page.count('class="differs"') == 1
-    assert "| tile | 24 x 4 | 24 x 8 |" in markdown
-    assert "for i in range(8):\n    a <b>\n" in markdown
-
-
-def test_very_long_programs_are_cut(make):
-    program = "\n".join(f"line {index} of {'x' * 100}" for index in range(20_000))
-    pair = SchedulePair("r50_c4", ScheduleView("a", {}, program), ScheduleView("b", {}, program))
-    page, markdown, _ = make(all_providers(), schedules=[pair])
-    assert len(page) < 6_000_000
-    assert "(18500 lines more)" in page
-    assert "(18500 lines more)" in markdown
-
-
-def test_figures_are_drawn_or_left_out():
-    (section,) = organize(all_providers())
-    svg = draw_bars(section, "bars")
-    assert svg.startswith("<svg")
-    assert "<title>r50_c4, ours-tuned: 5 ms, 1.25x</title>" in svg
-    assert "ours-naive" not in svg
-    assert "#a1b2" not in svg
-    assert "var(--ours)" in svg
-    (section,) = organize([row(status="failed", reason="why")])
-    assert draw_bars(section, "bars") is None
-    assert draw_tuning(TuningHistory("x", [Trial(0, None)]), "t") is None
-
-
-def test_figures_of_one_page_share_no_ids(make):
-    histories = [TuningHistory(f"p{index}", [Trial(0, 2.0), Trial(1, 1.0)]) for index in range(3)]
-    page, _, _ = make(all_providers() + all_providers(threads=2), histories=histories)
-    ids = re.findall(r' id="([^"]+)"', page)
-    assert ids
-    assert len(ids) == len(set(ids))
+    assert "Memory beyond inputs and outputs" in words
+    assert "r50_c4 1.5 5.0" in words
+    assert "ours-tuned keeps 242 to 242 GFLOP/s over 3 sizes, with one kernel." in words
 
 
 def test_equal_rows_give_equal_pages(make):
     assert make(all_providers()) == make(all_providers())
+
+
+def test_markdown_fits_into_a_comment(make):
+    rows = [found for index in range(100) for found in all_providers(problem=f"a_layer_with_a_long_name_{index}")]
+    long = "\n".join(f"line {index} of a program" for index in range(4000))
+    pair = SchedulePair("r50_c4", ScheduleView("a", texts={"TIR": long}), ScheduleView("b", texts={"TIR": long + "!"}))
+    _, markdown, _ = make(rows, pairs=[pair])
+    assert markdown.count("\n| a_layer") == 100  # the verdict stays whole
+    _, small, _ = make(all_providers(), pairs=[pair])
+    assert len(small) < 65_536
+
+
+# --- the roofline ------------------------------------------------------------------------------------------
+
+
+def test_fused_and_unfused_traffic_of_a_layer():
+    layer = PROBLEMS["r50_c4"]
+    spec, extents = layer.spec, layer.extents
+    # 256 channels, 32 x 32 pixels, 3 x 3 taps, float32: image, offset, mask, weight, bias, output; each once
+    elements = 256 * 1024 + 18 * 1024 + 9 * 1024 + 256 * 256 * 9 + 256 + 256 * 1024
+    assert spec.bytes_moved(extents) == 4 * elements
+    # the columns are written, and read again
+    assert column_bytes(spec, extents) == 4 * elements + 2 * 4 * 256 * 9 * 1024
+
+
+def test_schedules_stand_under_the_roofs_of_their_machine():
+    other = roof(rate=9000.0, machine={"cpu": "B"})
+    slower = roof(rate=10.0, provider="torch")
+    (section,) = organize(all_providers())
+    ceiling = ceilings([*roofs(), other, slower, roof("matmul", rate=400.0, threads=2)], section)
+    assert ceiling.memory.rate == pytest.approx(20.0)
+    assert ceiling.cache.rate == pytest.approx(80.0)
+    assert (ceiling.matmul.rate, ceiling.matmul.provider) == (pytest.approx(250.0), "torch")
+    assert ceiling.ridges == pytest.approx([12.5, 3.125])
+    assert ceiling.at(5.0) == pytest.approx(100.0)
+    assert ceiling.at(500.0) == pytest.approx(250.0)
+    found = {stand.row.provider: stand for stand in stands(section, ceiling)}
+    assert set(found) == {"ours-tuned", "ours-default", "ours-naive", "conv2d-channels-last"}
+    layer = PROBLEMS["r50_c4"]
+    ours = found["ours-tuned"]
+    assert ours.intensity == layer.spec.flops(layer.extents) / layer.spec.bytes_moved(layer.extents)
+    assert ours.gflops == pytest.approx(layer.spec.flops(layer.extents) / 5e6)
+    assert ours.share == pytest.approx(ours.gflops / 250.0)
+    # A plain convolution reads neither offset nor mask.
+    moved = layer.spec.bytes_moved(layer.extents) - 4 * 27 * 1024
+    assert found["conv2d-channels-last"].intensity == pytest.approx(layer.spec.flops(layer.extents) / moved)
+
+
+def test_roofline_says_what_is_missing(make):
+    page, _, _ = make(all_providers())
+    assert "The roofs of this machine were not measured: run scripts/benchmark.py --roofs" in Page(page).words
+    page, markdown, _ = make([*all_providers(), *roofs()])
+    assert "reaches 97% to 97% of the rate of a matrix product" in Page(page).words
+    assert "reaches 97% to 97%" in markdown
+
+
+# --- charts and exports ------------------------------------------------------------------------------------
+
+
+def test_chart_is_a_figure_with_its_explanation():
+    html = chart({"mark": "point", "data": {"values": [{"a": 1.23456789}]}}, says="<it>", read="so", title="&")
+    assert "&lt;it&gt;" in html
+    assert "<h3>&amp;</h3>" in html
+    assert "1.23457" in html
+    assert Page(str(html)).scripts == ["application/json"]
+
+
+def test_texts_of_a_chart_can_be_drawn():
+    html = str(chart({"data": {"values": [{"a": "x\u2028y\nz\x07\ud800"}]}}, says="a", read="b"))
+    (spec,) = re.findall(r'<script type="application/json">(.*?)</script>', html)
+    assert json.loads(spec) == {"data": {"values": [{"a": "x y z\ufffd\ufffd"}]}}
+
+
+def test_every_provider_has_a_colour():
+    names = [("ours-tuned", "ours"), ("ours-new", "ours"), ("onnxruntime", "peer"), ("new", "peer"), ("any", "floor")]
+    assert {color_of(*name) for name in names} <= set(COLORS)
+    style = (ROOT / "tvmdcn/report/templates/report.css").read_text(encoding="utf-8")
+    for name in COLORS:
+        assert style.count(f"--{name}:") >= 2  # light and dark
+
+
+def test_numbers_hold_a_value_per_column(tmp_path):
+    with pytest.raises(ValueError, match="row 1 of the numbers x has 1 values, not 2"):
+        Numbers("x", ("a", "b"), [(1, 2), (3,)])
+    with pytest.raises(ValueError, match="got x more than once"):
+        write_csv(tmp_path, [Numbers("x", ("a",), [(1,)])] * 2)
+
+
+def test_every_number_is_exported(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [*all_providers(max_rel_error=1e-7), *roofs(), *sweep(), row(measure="overhead_torch", median_ms=0.01)]
+    for found in rows:
+        append_row(path, found)
+    out, folder = tmp_path / "deep" / "r.json", tmp_path / "tables"
+    arguments = [str(path), "--json", str(out), "--csv", str(folder), "--output", str(tmp_path / "r.html")]
+    result = CliRunner().invoke(report_command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    data = json.loads(out.read_text(encoding="utf-8"))
+    assert data["schema"] == 1
+    assert set(data["tables"]) == {"calls", "around_the_kernel", "means", "roofline", "roofs", "provenance"}
+    (ours,) = (r for r in data["tables"]["calls"] if r["provider"] == "ours-tuned" and r["to_plain"] is not None)
+    assert (ours["median_ms"], ours["to_fastest_peer"], ours["to_plain"], ours["max_rel_error"]) == (
+        5.0,
+        0.5,
+        1.25,
+        1e-7,
+    )
+    (speedup,) = (r for r in data["tables"]["means"] if r["ratio"] == "speedup")
+    assert (speedup["geometric_mean"], speedup["wins"], speedup["count"]) == (2.0, 1, 1)
+    assert len(data["tables"]["roofs"]) == 4
+    with (folder / "calls.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 10
+    assert float(table[0]["median_ms"]) == 5.0
+    assert {file.stem for file in folder.iterdir()} == set(data["tables"])
+
+
+# --- the command -------------------------------------------------------------------------------------------
 
 
 def test_command(tmp_path):
@@ -471,3 +527,29 @@ def test_command(tmp_path):
     result = CliRunner().invoke(report_command, [str(rows), "--output", str(page)])
     assert result.exit_code == 1
     assert "there is no sound row" in result.stderr
+    assert "there is no sound row" in page.read_text(encoding="utf-8")
+
+
+def test_schedules_alone_make_a_report(tmp_path):
+    page, sides = tmp_path / "r.html", []
+    for number, name in enumerate(("first", "second")):
+        sides.append(tmp_path / name)
+        sides[-1].mkdir()
+        decisions = {"variant": name, "values": {"unroll": number}}
+        manifest = {"schedule": {"source": name, "tir": f"for i in range({number})", "decisions": decisions}}
+        (sides[-1] / "manifest.json").write_text(json.dumps(manifest))
+    arguments = ["--schedules", *map(str, sides), "--output", str(page)]
+    result = CliRunner().invoke(report_command, arguments)
+    assert result.exit_code == 0, result.output
+    words = Page(page.read_text(encoding="utf-8")).words
+    assert "variant first second" in words
+    assert "unroll 0 1" in words
+    wrong = CliRunner().invoke(report_command, ["--schedules", str(tmp_path / "none"), "r51", "--output", str(page)])
+    assert wrong.exit_code == 1
+    assert "none" in wrong.stderr
+
+
+def test_nothing_to_report_is_a_usage_error():
+    result = CliRunner().invoke(report_command, [])
+    assert result.exit_code == 2
+    assert "Missing argument 'ROWS...'" in result.stderr

@@ -168,7 +168,7 @@ def test_failing_build_is_not_remembered(cache_dir, monkeypatch):
 def test_missing_runtime_library_is_said(monkeypatch):
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ArtifactError, match=r"libtvm_runtime\S* was not found in the package tvm.*Install apache-tvm"):
-        native._library("tvm", "tvm_runtime")
+        native.library("tvm", "tvm_runtime")
 
 
 def test_runtime_of_another_version_is_said():

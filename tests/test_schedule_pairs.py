@@ -14,8 +14,7 @@ from handmade import SPEC
 from tvmdcn.artifact import Artifact
 from tvmdcn.bench.measurement import Measurement
 from tvmdcn.problems import PROBLEMS
-from tvmdcn.report.data import SchedulePair, ScheduleView
-from tvmdcn.report.schedule_pairs import cached_pairs
+from tvmdcn.report.schedule_sources import cached_pairs
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.target import detect_target
 
@@ -66,14 +65,16 @@ def _own_cache(cache_dir: Path) -> None:
 def test_pair_of_a_measured_layer() -> None:
     build("default")
     build("tuned")
-    assert cached_pairs([row(), row(provider="ours-default"), row(problem="again")]) == [
-        SchedulePair(
-            name,
-            ScheduleView("default", {"variant": "full", "tile": "4"}, "for i in 4"),
-            ScheduleView("tuned: 64 trials", {"variant": "split", "tile": "8"}, "for i in 8"),
-        )
-        for name in ("layer", "again")
-    ]
+    pairs = cached_pairs([row(), row(provider="ours-default"), row(problem="again")])
+    assert [pair.title for pair in pairs] == ["layer", "again"]
+    for pair in pairs:
+        assert [view.title for view in (pair.left, pair.right)] == ["default", "tuned: 64 trials"]
+        assert pair.left.decisions == {"variant": "full", "tile": "4"}
+        assert pair.right.decisions == {"variant": "split", "tile": "8"}
+        assert (pair.left.texts, pair.right.texts) == ({"TIR": "for i in 4"}, {"TIR": "for i in 8"})
+        assert pair.left.facts["target"] == detect_target().tag
+        assert all("Without generated code" in view.notes[0] for view in (pair.left, pair.right)), "it is no library"
+    assert len(cached_pairs([row(), row(problem="again")], limit=1)) == 1
 
 
 def test_gradients_have_a_pair_of_their_own() -> None:
@@ -82,7 +83,7 @@ def test_gradients_have_a_pair_of_their_own() -> None:
         build(side)
         build(side, spec=gradients)
     pairs = cached_pairs([row(), row(gradients), row(gradients, provider="ours-default")])
-    assert [pair.problem for pair in pairs] == ["layer", "layer backward"]
+    assert [pair.title for pair in pairs] == ["layer", "layer backward"]
 
 
 def test_both_must_be_there_and_belong_to_the_row() -> None:
@@ -99,7 +100,7 @@ def test_both_must_be_there_and_belong_to_the_row() -> None:
 def test_builds_of_other_code_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     build("default")
     build("tuned")
-    monkeypatch.setattr("tvmdcn.report.schedule_pairs.source_digest", lambda: "changed since")
+    monkeypatch.setattr("tvmdcn.report.schedule_sources.source_digest", lambda: "changed since")
     assert cached_pairs([row()]) == []
 
 
@@ -124,7 +125,8 @@ def test_manifests_of_another_form_are_harmless(schedule: dict[str, Any]) -> Non
     build("default")
     build("tuned", schedule)
     (pair,) = cached_pairs([row()])
-    assert all(isinstance(text, str) for text in (pair.right.title, pair.right.tir, *pair.right.decisions.values()))
+    texts = (pair.right.title, *pair.right.texts.values(), *pair.right.decisions.values(), *pair.right.facts.values())
+    assert all(isinstance(text, str) for text in texts)
 
 
 def test_cache_that_cannot_be_used_shows_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_cuda import pretend_gpus
 
-from tvmdcn import target
+from tvmdcn import cuda_driver, host_cpu, target
 from tvmdcn.cpus import CPUS, X86_LEVELS, name_x86
-from tvmdcn.errors import SpecError, SpecTypeError
+from tvmdcn.errors import DeviceError, SpecError, SpecTypeError
+from tvmdcn.gpus import GPUS
 from tvmdcn.target import TargetInfo, detect_target, host_features, host_identity, resolve_target
 
 V4 = "sse4_2 avx avx2 fma f16c bmi2 avx512f avx512bw avx512cd avx512dq avx512vl"
@@ -65,10 +67,11 @@ def machine(monkeypatch, tmp_path):
         file = tmp_path / "cpuinfo"
         if cpuinfo is not None:
             file.write_text(cpuinfo)
-        monkeypatch.setattr(target, "_CPUINFO", file)
-        monkeypatch.setattr(target, "_SYSTEM", tmp_path / "cpu")
-        monkeypatch.setattr(target.platform, "machine", lambda: arch)
-        monkeypatch.setattr(target, "available_processors", lambda: [0, 1])
+        monkeypatch.setattr(host_cpu, "_CPUINFO", file)
+        monkeypatch.setattr(host_cpu, "_SYSTEM", tmp_path / "cpu")
+        monkeypatch.setattr(host_cpu.platform, "machine", lambda: arch)
+        for module in (host_cpu, target):
+            monkeypatch.setattr(module, "available_processors", lambda: [0, 1])
         for index, fields in (caches or {}).items():
             folder = tmp_path / "cpu" / "cpu1" / "cache" / index
             folder.mkdir(parents=True)
@@ -221,7 +224,10 @@ def test_resolve_follows_the_setting(monkeypatch):
         ("llvm-cascade-lake", "Did you mean cascadelake"),
         ("", "Use 'llvm' for this machine, or one of: x86-64"),
         ("llvm -mcpu=skylake", "not known"),
-        ("cuda", "builds for CPUs only"),
+        ("cuda-sm_91", "'cuda-sm_91' is not known. Use 'cuda' for this machine's GPU .* cuda-sm_90, "),
+        ("sm_90a", "not known"),
+        ("cuda:", "not known"),
+        ("cuda:-1", "not known"),
     ],
 )
 def test_unknown_targets_are_refused(name, match):
@@ -234,7 +240,7 @@ def test_target_of_another_type_is_refused():
         resolve_target(3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["llvm", *CPUS])
+@pytest.mark.parametrize("name", ["llvm", *CPUS, *GPUS])
 def test_json_round_trip(name):
     info = resolve_target(name)
     assert TargetInfo.from_json(json.loads(json.dumps(info.to_json()))) == info
@@ -249,6 +255,64 @@ def test_json_is_read_strictly(change):
         TargetInfo.from_json({**detect_target().to_json(), **change})
 
 
+@pytest.mark.parametrize(
+    "change", [{"kind": "metal"}, {"kind": 3}, {"mcpu": "znver5"}, {"registers": 0.5}, {"multiprocessors": -1}]
+)
+def test_json_of_a_gpu_is_read_strictly(change):
+    with pytest.raises(SpecError, match="not a target"):
+        TargetInfo.from_json({**resolve_target("cuda-sm_90").to_json(), **change})
+
+
+def test_gpus_by_name(monkeypatch):
+    monkeypatch.setattr(cuda_driver, "_LIBRARY", "libnone.so.1")
+    info = resolve_target("cuda-sm_90")
+    assert info == resolve_target("sm_90")
+    assert info.tag == "cuda-sm_90"
+    assert info.tag == TargetInfo.tag_of(info.identity())
+    assert info.identity() == {"kind": "cuda", "arch": "sm_90", "host": detect_target().arch}
+    assert (info.multiprocessors, info.shared_block_bytes, info.vector_bits) == (132, 232448, 128)
+    assert "cp.async" in info.features
+    assert "cp.async" not in resolve_target("sm_75").features
+    monkeypatch.setenv("TVMDCN_TARGET", "cuda-sm_80")
+    assert resolve_target().tag == "cuda-sm_80"
+
+
+def test_without_a_driver(monkeypatch):
+    monkeypatch.setattr(cuda_driver, "_LIBRARY", "libnone.so.1")
+    cuda_driver._driver.cache_clear()
+    assert cuda_driver.device_count() == 0
+    with pytest.raises(DeviceError, match=r"has no NVIDIA driver .* name the one to build for: 'cuda-sm_90'"):
+        resolve_target("cuda")
+    refusal = resolve_target("cuda-sm_90").refusal()
+    assert refusal.startswith("needs an NVIDIA GPU of compute capability sm_90: this machine has no NVIDIA driver")
+    assert "gpus" not in host_identity()
+
+
+def test_gpus_of_this_machine(monkeypatch, tmp_path):
+    with pretend_gpus(tmp_path, monkeypatch, ["NVIDIA H200", "NVIDIA L4", "Tesla K80"]):
+        first, second = resolve_target("cuda"), resolve_target("cuda:1")
+        assert first == resolve_target("cuda:0") == resolve_target("cuda-sm_90")
+        assert first.l2_bytes == 62914560
+        assert (second.tag, second.multiprocessors) == ("cuda-sm_89", 58)
+        assert resolve_target("sm_89") == second
+        assert resolve_target("sm_80").multiprocessors == GPUS["sm_80"].multiprocessors
+        assert first.refusal() is None
+        assert second.refusal() is None
+        assert "sm_80, and this machine has NVIDIA H200 (sm_90), NVIDIA L4 (sm_89)" in resolve_target("sm_80").refusal()
+        with pytest.raises(DeviceError, match=r"cuda:2 is a Tesla K80 of compute capability sm_37; kernels exist for"):
+            resolve_target("cuda:2")
+        with pytest.raises(DeviceError, match=r"cuda:3 does not exist: this process may use 3 GPUs"):
+            resolve_target("cuda:3")
+        identity = host_identity()
+        assert identity["gpus"][1] == {"name": "NVIDIA L4", "arch": "sm_89", "memory_bytes": 2 << 36}
+        assert identity["versions"]["cuda driver"] == "13.1"
+    with (
+        pretend_gpus(tmp_path, monkeypatch, []),
+        pytest.raises(DeviceError, match=r"finds no GPU .*CUDA_ERROR_NO_DEVICE, 100.* CUDA_VISIBLE_DEVICES"),
+    ):
+        resolve_target("cuda")
+
+
 def test_identity_of_the_host():
     identity = host_identity()
     assert json.loads(json.dumps(identity)) == identity
@@ -260,9 +324,12 @@ def test_to_tvm():
     pytest.importorskip("tvm")
     code = (
         "from tvmdcn.target import resolve_target as r;"
-        "t, a = r('llvm').to_tvm(), r('neoverse-n1').to_tvm();"
-        "print(t.attrs['mcpu'], a.attrs['mcpu'], a.attrs['mtriple'])"
+        "t, a, g = r('llvm').to_tvm(), r('neoverse-n1').to_tvm(), r('cuda-sm_86').to_tvm();"
+        "print(t.attrs['mcpu'], a.attrs['mcpu'], a.attrs['mtriple'], g.attrs['arch'], g.host.attrs['mcpu'],"
+        "g.attrs['max_shared_memory_per_block'])"
     )
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == [detect_target().mcpu, "neoverse-n1", "aarch64-linux-gnu"], done.stderr
+    generic = {"x86_64": "x86-64", "aarch64": "generic"}[detect_target().arch]
+    expected = [detect_target().mcpu, "neoverse-n1", "aarch64-linux-gnu", "sm_86", generic, str(99 << 10)]
+    assert done.stdout.split() == expected, done.stderr

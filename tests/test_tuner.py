@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -40,11 +41,13 @@ from tvmdcn.target import detect_target, resolve_target
 from tvmdcn.te import operator_of
 from tvmdcn.tuning import session as session_module
 from tvmdcn.tuning import trial
+from tvmdcn.tuning import tuner as tuner_module
+from tvmdcn.tuning.farm import ServersLost
 from tvmdcn.tuning.history import read_log
 from tvmdcn.tuning.records import META, TuningRecords
 from tvmdcn.tuning.search import Search, uninterrupted
 from tvmdcn.tuning.trial import Job, Outcome
-from tvmdcn.tuning.tuner import Progress, TuningResult, tune
+from tvmdcn.tuning.tuner import Layer, Progress, TuningResult, tune, tune_together
 
 TAG = detect_target().tag
 # The smallest layer with more than one variant of schedules, and room for a search.
@@ -84,6 +87,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[TuningResult, Path,
         threads=1,
         records=root,
         name="small",
+        warm_starts=1,
         progress=states.append,
     )
     return result, root, states
@@ -143,7 +147,7 @@ def test_tuned_build_gives_the_references_numbers(
 def test_nothing_is_left_to_do_when_all_trials_are_there(
     tuned: tuple[TuningResult, Path, list[Progress]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "Workers", FakeWorkers)
+    monkeypatch.setattr(tuner_module, "Workers", FakeWorkers)
     _, root, _ = tuned
     shutil.copytree(root, tmp_path / "copy")
     before = log_of(root).read_bytes()
@@ -250,7 +254,7 @@ def test_interrupted_tuning_keeps_the_best(ended: dict[str, tuple[Path, int, str
 def test_progress_in_a_file_is_a_line_for_each_round(ended: dict[str, tuple[Path, int, str, str]]) -> None:
     root, _, stderr, _ = ended["interrupt"]
     lines = [line for line in stderr.splitlines() if " trials · " in line]
-    assert lines[0] == "1,8,6,7,8 (1/1): 0 of 500 trials · searching"
+    assert lines[0] == "1,8,6,7,8: 0 of 500 trials · searching"
     assert len(lines) < len(rows_of(root, "1,8,6,7,8")), "a line for each round, not for each trial"
     assert len(set(lines)) == len(lines)
 
@@ -278,7 +282,7 @@ def test_when_every_build_fails_the_first_reason_is_told(tmp_path: Path, monkeyp
     assert len(rows_of(tmp_path)) < 20, "if every default fails, nothing else is tried"
     # The compiler is there again: what failed for its sake is tried once more.
     monkeypatch.undo()
-    monkeypatch.setattr(session_module, "Workers", FakeWorkers)
+    monkeypatch.setattr(tuner_module, "Workers", FakeWorkers)
     assert tune(SMALL.spec, SMALL.extents, trials=2, threads=1, records=tmp_path, name="small").failures == {}
 
 
@@ -291,9 +295,7 @@ class FakeWorkers:
     outcome: Callable[[int], Outcome] = staticmethod(lambda number: Outcome((0.001 * (number + 1),), 1e-7))
     final: Callable[[int], Outcome] | None = None
 
-    def __init__(self, job: Job, builders: int) -> None:
-        assert (job.directory / "inputs.npz").is_file()
-        self.numbers = itertools.count()
+    def __init__(self, builders: int, measuring: object = None) -> None:
         self.measured = itertools.count()
 
     def __enter__(self) -> FakeWorkers:
@@ -302,24 +304,20 @@ class FakeWorkers:
     def __exit__(self, *details: object) -> None:
         pass
 
-    def build(self, candidates: list) -> list[tuple[str, str]]:
-        return [(f"trial{next(self.numbers)}", "") for _ in candidates]
+    def trials(self, job: Job, candidates: list) -> Iterator[tuple[int, Outcome]]:
+        assert (job.directory / "inputs.npz").is_file()
+        for place in range(len(candidates)):
+            yield place, type(self).outcome(next(self.measured))
 
-    def discard(self, name: str) -> None:
-        pass
-
-    def measure(self, name: str) -> Outcome:
-        return type(self).outcome(next(self.measured))
-
-    def measure_together(self, names: list[str], rounds: int) -> list[Outcome]:
+    def compare(self, job: Job, candidates: list, rounds: int) -> list[Outcome]:
         final = type(self).final or (lambda place: Outcome((0.001 * (place + 1),), 1e-7))
-        return [final(place) for place in range(len(names))]
+        return [final(place) for place in range(len(candidates))]
 
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replace the workers of tunings; a call sets how trials end."""
-    monkeypatch.setattr(session_module, "Workers", FakeWorkers)
+    monkeypatch.setattr(tuner_module, "Workers", FakeWorkers)
 
     def set_outcomes(
         outcome: Callable[[int], Outcome] | None = None, final: Callable[[int], Outcome] | None = None
@@ -506,6 +504,128 @@ def test_what_was_found_for_a_similar_layer_is_tried_early(
     pretend(milliseconds(1, 2))
     tune(similar.spec, similar.extents, trials=2, threads=1, records=tmp_path, name="similar")
     assert rows_of(tmp_path, "similar")[1]["decisions"]["variant"] == found.variant
+
+
+# -- several layers ---------------------------------------------------------------------------------
+
+BOTH = [Layer(SMALL.spec, SMALL.extents, "small"), Layer(MANY.spec, MANY.extents, "many")]
+FIRST = {layer.name: len(space_of(layer.spec.operator, "llvm").variants(layer.spec, detect_target())) for layer in BOTH}
+
+
+class ByLayer(FakeWorkers):
+    """Every schedule of a layer takes the same time; `outcomes` says what, by input channels."""
+
+    outcomes: ClassVar[dict[int, Outcome]] = {}
+
+    def trials(self, job: Job, candidates: list) -> Iterator[tuple[int, Outcome]]:
+        for place in reversed(range(len(candidates))):  # as it may be with several machines
+            yield place, self.outcomes[job.spec.in_channels]
+
+
+@pytest.fixture
+def by_layer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Replace the workers; a call sets how long the two layers take."""
+    monkeypatch.setattr(tuner_module, "Workers", ByLayer)
+
+    def set_outcomes(small: Outcome, many: Outcome) -> None:
+        monkeypatch.setattr(ByLayer, "outcomes", {SMALL.spec.in_channels: small, MANY.spec.in_channels: many})
+
+    return set_outcomes
+
+
+def together(root: Path, trials: int, layers: list[Layer] = BOTH, **options: object) -> list:
+    return tune_together(layers, **{"trials": trials, "threads": 1, "records": root, "warm_starts": 0, **options})
+
+
+@pytest.mark.parametrize(("weight", "favoured"), [(1.0, "many"), (100.0, "small")])
+def test_trials_go_where_the_weighted_time_falls_fastest(
+    weight: float, favoured: str, tmp_path: Path, by_layer: Callable[..., None]
+) -> None:
+    by_layer(Outcome((1e-3,), 0.0), Outcome((9e-3,), 0.0))
+    layers = [dataclasses.replace(BOTH[0], weight=weight), BOTH[1]]
+    states: list[Progress] = []
+    results = together(tmp_path, sum(FIRST.values()) + 2, layers, progress=states.append)
+    more = {layer.name: result.trials - FIRST[layer.name] for layer, result in zip(BOTH, results, strict=True)}
+    assert more == {"small": 0, "many": 0, favoured: 2}
+    assert {record.spec for record in TuningRecords.read(tmp_path, TAG).records} == {SMALL.spec, MANY.spec}
+    assert {(state.name, state.weight) for state in states} == {("small", weight), ("many", 1.0)}
+    assert [len(rows_of(tmp_path, layer.name)) for layer in BOTH] == [result.trials for result in results]
+
+
+def test_every_layer_has_a_share_of_few_trials(tmp_path: Path, by_layer: Callable[..., None]) -> None:
+    by_layer(Outcome((1e-3,), 0.0), Outcome((9e-3,), 0.0))
+    assert [result.trials for result in together(tmp_path, 2)] == [1, 1]
+    # And earlier ones count.
+    assert [result.new_trials for result in together(tmp_path, 2)] == [0, 0]
+
+
+def test_layer_that_fails_leaves_the_trials_to_the_others(tmp_path: Path, by_layer: Callable[..., None]) -> None:
+    by_layer(Outcome(reason="crash: it does"), Outcome((9e-3,), 0.0))
+    failed, result = together(tmp_path, sum(FIRST.values()) + 1)
+    assert isinstance(failed, TuningError)
+    assert f"none of {FIRST['small']} schedules" in str(failed)
+    assert result.trials == FIRST["many"] + 1
+    assert [record.spec for record in TuningRecords.read(tmp_path, TAG).records] == [MANY.spec]
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), ServersLost("all of them are gone")], ids=["Ctrl-C", "no server"])
+def test_early_end_keeps_the_best_of_every_layer(
+    end: BaseException, tmp_path: Path, pretend: Callable[..., None]
+) -> None:
+    count = FIRST["small"] + 2
+
+    def outcome(number: int) -> Outcome:
+        if number == count:
+            raise end
+        return Outcome((1e-3 * (count - number),), 0.0)
+
+    pretend(outcome)
+    results = together(tmp_path, 50)
+    assert [(result.trials, result.interrupted) for result in results] == [(FIRST["small"], True), (2, True)]
+    assert [result.record.seconds for result in results] == [pytest.approx(3e-3), pytest.approx(1e-3)]
+    assert len(TuningRecords.read(tmp_path, TAG).records) == 2
+
+
+def test_end_before_anything_was_measured_is_told(tmp_path: Path, pretend: Callable[..., None]) -> None:
+    def outcome(number: int) -> Outcome:
+        raise ServersLost("all of them are gone")
+
+    pretend(outcome)
+    with pytest.raises(ServersLost, match="all of them are gone"):
+        together(tmp_path, 50)
+
+
+def test_records_say_which_machine_measured_the_winner(tmp_path: Path, pretend: Callable[..., None]) -> None:
+    machines = [{"cpu": f"machine {number}", "versions": {}} for number in range(9)]
+    pretend(
+        lambda number: Outcome((1e-3 * (number + 1),), 0.0, machine=machines[number]),
+        lambda place: Outcome((1e-3 * (9 - place),), 0.0, machine=machines[7]),
+    )
+    provenance = tune_many(tmp_path).record.provenance
+    assert provenance["cpu"] == "machine 7"
+    assert {"date", "source"} <= set(provenance)
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "message"),
+    [
+        (BOTH, {"trials": 1}, "trials must be at least 1 for each of the 2 layers, got 1"),
+        ([BOTH[0], BOTH[0]], {}, "two layers would share the log small"),
+        (BOTH, {"warm_starts": -1}, "warm_starts must be at least 0"),
+    ],
+)
+def test_bad_arguments_of_several_layers_are_refused(
+    layers: list[Layer], options: dict, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        together(tmp_path, **{"trials": 9, "layers": layers, **options})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "2"])
+def test_weights_are_positive_numbers(weight: object) -> None:
+    with pytest.raises(SpecError, match="weight must be a positive number"):
+        Layer(SMALL.spec, SMALL.extents, weight=weight)
 
 
 def test_log_of_another_layer_is_not_continued(tmp_path: Path, pretend: Callable[..., None]) -> None:

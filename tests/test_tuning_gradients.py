@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from tvmdcn.target import detect_target
 from tvmdcn.te import operator_of
 from tvmdcn.tuning import session as session_module
 from tvmdcn.tuning import trial
+from tvmdcn.tuning import tuner as tuner_module
 from tvmdcn.tuning.history import read_log
 from tvmdcn.tuning.records import TuningRecords
 from tvmdcn.tuning.search import _entry
@@ -74,8 +76,8 @@ def test_tuned_build_gives_the_references_numbers(
 class Pretended:
     """Builds and measures nothing."""
 
-    def __init__(self, job: Job, builders: int) -> None:
-        self.count = 0
+    def __init__(self, builders: int, measuring: object = None) -> None:
+        pass
 
     def __enter__(self) -> Pretended:
         return self
@@ -83,21 +85,16 @@ class Pretended:
     def __exit__(self, *details: object) -> None:
         pass
 
-    def build(self, candidates: list) -> list[tuple[str, str]]:
-        return [("trial", "")] * len(candidates)
+    def trials(self, job: Job, candidates: list) -> Iterator[tuple[int, Outcome]]:
+        for place in range(len(candidates)):
+            yield place, Outcome((0.001,), 1e-7)
 
-    def discard(self, name: str) -> None:
-        pass
-
-    def measure(self, name: str) -> Outcome:
-        return Outcome((0.001,), 1e-7)
-
-    def measure_together(self, names: list[str], rounds: int) -> list[Outcome]:
-        return [Outcome((0.001,), 1e-7)] * len(names)
+    def compare(self, job: Job, candidates: list, rounds: int) -> list[Outcome]:
+        return [Outcome((0.001,), 1e-7)] * len(candidates)
 
 
 def test_a_layer_and_its_gradients_are_tuned_by_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "Workers", Pretended)
+    monkeypatch.setattr(tuner_module, "Workers", Pretended)
     for problem in (LAYER, SMALL, LAYER, SMALL):
         tune(problem.spec, problem.extents, trials=2, threads=1, records=tmp_path, name="small")
     records = TuningRecords.read(tmp_path, TAG)

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tvmdcn import onnx as onnx
     from tvmdcn.api import deform_conv2d
     from tvmdcn.artifact import Artifact
     from tvmdcn.bench.protocol import compare
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         ArtifactError,
         ArtifactMissing,
         BuildError,
+        DeviceError,
         MissingExtra,
         RecordsError,
         SettingError,
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from tvmdcn.grad_kernel import GradKernel
     from tvmdcn.gradient import deform_conv2d_backward
     from tvmdcn.kernel import Kernel
+    from tvmdcn.packs.active import load_pack
+    from tvmdcn.packs.pack import KernelPack
     from tvmdcn.runtime import load
     from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
     from tvmdcn.target import TargetInfo, detect_target, resolve_target
@@ -52,6 +56,7 @@ _MODULES = {
     "ArtifactMissing": "errors",
     "Artifact": "artifact",
     "BuildError": "errors",
+    "DeviceError": "errors",
     "DeformConv2d": "torch.modules",
     "DeformConv2dGradSpec": "spec",
     "DeformConv2dPack": "torch.modules",
@@ -60,6 +65,7 @@ _MODULES = {
     "GradKernel": "grad_kernel",
     "Gradients": "tensors",
     "Kernel": "kernel",
+    "KernelPack": "packs.pack",
     "MissingExtra": "errors",
     "ModulatedDeformConv2dPack": "torch.modules",
     "PackedWeight": "weights",
@@ -77,6 +83,8 @@ _MODULES = {
     "deform_conv2d_backward": "gradient",
     "detect_target": "target",
     "load": "runtime",
+    "load_pack": "packs.active",
+    "onnx": "onnx",
     "replace_modules": "torch.drop_in",
     "resolve_target": "target",
     "route_torchvision": "torch.routing",
@@ -89,6 +97,7 @@ __all__ = [
     "ArtifactError",
     "ArtifactMissing",
     "BuildError",
+    "DeviceError",
     "DeformConv2d",
     "DeformConv2dGradSpec",
     "DeformConv2dPack",
@@ -97,6 +106,7 @@ __all__ = [
     "GradKernel",
     "Gradients",
     "Kernel",
+    "KernelPack",
     "MissingExtra",
     "ModulatedDeformConv2dPack",
     "PackedWeight",
@@ -115,6 +125,7 @@ __all__ = [
     "deform_conv2d_backward",
     "detect_target",
     "load",
+    "load_pack",
     "replace_modules",
     "resolve_target",
     "route_torchvision",
@@ -134,11 +145,26 @@ def __getattr__(name: str) -> Any:
             from tvmdcn.extras import require
 
             require("torch", f"tvmdcn.{name}")
-        value = getattr(importlib.import_module(f"tvmdcn.{_MODULES[name]}"), name)
+        module = _module(name)
+        value = module if name == _MODULES[name] else getattr(module, name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _module(name: str) -> Any:
+    """Import the module of a name; explain it where a package is missing."""
+    try:
+        return importlib.import_module(f"tvmdcn.{_MODULES[name]}")
+    except ModuleNotFoundError as error:
+        from tvmdcn.errors import MissingExtra
+        from tvmdcn.extras import explain
+
+        message = explain(error, f"tvmdcn.{name}")
+        if message is None or isinstance(error, MissingExtra):
+            raise
+        raise MissingExtra(message, name=error.name) from error
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from tvmdcn.arrays import NumpyArrays, TorchArrays, arrays_of
 from tvmdcn.errors import SpecError
 from tvmdcn.kernel import Kernel
-from tvmdcn.runtime import load
+from tvmdcn.runtime import load_for
 from tvmdcn.spec import BORDERS, DeformConv2dSpec
 from tvmdcn.validation import check_padding, check_pair, shown
 
@@ -129,7 +129,7 @@ def call_kernel(
     layout = _layout(arrays, input)
     try:
         taps_and_channels = (weight.shape, offset.shape[1], input.shape[1])
-        key = (taps_and_channels, mask is None, input.dtype, stride, padding, dilation, layout)
+        key = (taps_and_channels, mask is None, input.dtype, stride, padding, dilation, layout, arrays.gpu(input))
         kernel = _kernels.get(key)
     except (AttributeError, IndexError, TypeError):  # not an array, or too few axes: the check says which
         kernel = None
@@ -174,4 +174,4 @@ def _find(
         dtype={name: arrays.dtype(array) for name, array in named.items()},
         layout=layout,
     )
-    return load(spec)
+    return load_for(spec, arrays.gpu(input))

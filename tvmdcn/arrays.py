@@ -10,6 +10,7 @@ N, C, H, W; for an NHWC kernel its memory is ``torch.channels_last``.
 from __future__ import annotations
 
 import ctypes
+import operator
 import sys
 from collections.abc import Hashable
 from typing import Any, Protocol
@@ -28,6 +29,9 @@ class Arrays(Protocol):
     """One kind of arrays."""
 
     name: str
+
+    def gpu(self, array: Any) -> tuple[int, bool] | None:
+        """Return what kernels of a GPU depend on: its number, and whether they may round to tf32. None: the host."""
 
     def key(self, *arrays: Any) -> tuple[Hashable, ...]:
         """Return what a prepared call depends on; one of `arrays` may be None. Fast, and without checks."""
@@ -64,6 +68,11 @@ class NumpyArrays:
     """NumPy arrays."""
 
     name = "numpy.ndarray"
+
+    @staticmethod
+    def gpu(array: Any) -> tuple[int, bool] | None:
+        """Return None: the memory is the host's."""
+        return None
 
     @staticmethod
     def key(*arrays: Any) -> tuple[Hashable, ...]:
@@ -129,15 +138,21 @@ class NumpyArrays:
 
 
 class TorchArrays:
-    """torch tensors on the CPU."""
+    """torch tensors on the CPU; :class:`tvmdcn.cuda_arrays.TorchCudaArrays` are those on GPUs."""
 
     name = "torch.Tensor"
+    device_type = "cpu"
+    _is_here = operator.attrgetter("is_cpu")
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
         self._channels_last = torch.channels_last
         self._plain = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
         self._forward_mode = torch.autograd.forward_ad
+
+    def gpu(self, array: Any) -> tuple[int, bool] | None:
+        """Return None: the memory is the host's."""
+        return None
 
     @staticmethod
     def key(*arrays: Any) -> tuple[Hashable, ...]:
@@ -163,8 +178,7 @@ class TorchArrays:
         """Refuse what is not a dense tensor with memory on the CPU."""
         torch = self._torch
         self.check_kind(name, array)
-        if array.device.type != "cpu":
-            raise SpecTypeError(f"{name} is on device {array.device}; this version runs on CPUs. Pass {name}.cpu().")
+        self._check_place(name, array)
         if array.layout is not torch.strided:
             raise SpecTypeError(f"{name} has layout {array.layout}; pass {name}.to_dense().")
         if array.is_quantized:
@@ -179,6 +193,15 @@ class TorchArrays:
             raise SpecTypeError(
                 f"{name} has no memory of its own (a fake tensor, or one inside torch.func or torch.vmap): "
                 "kernels cannot be called with it."
+            )
+
+    def _check_place(self, name: str, array: Any) -> None:
+        """Refuse tensors of other devices."""
+        if array.device.type == "cuda":
+            raise SpecTypeError(f"{name} is on device {array.device}, and others are on the CPU. Pass {name}.cpu().")
+        if array.device.type != "cpu":
+            raise SpecTypeError(
+                f"{name} is on device {array.device}; kernels run on CPUs and NVIDIA GPUs. Pass {name}.cpu()."
             )
 
     @staticmethod
@@ -242,14 +265,15 @@ class TorchArrays:
             torch.compiler.is_compiling()
             or internals._are_functorch_transforms_active()
             or internals._len_torch_dispatch_stack()
-            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled(self.device_type)
             or self._forward_mode._current_level >= 0
             or internals._get_tracing_state() is not None
         ):
             return False
         plain = self._plain
+        is_here = self._is_here
         for array in arrays:  # noqa: SIM110 - all() would take 0.5 us more
-            if type(array) not in plain or (array is not None and not array.is_cpu):
+            if type(array) not in plain or (array is not None and not is_here(array)):
                 return False
         return True
 
@@ -283,6 +307,7 @@ class TorchArrays:
 
 _numpy = NumpyArrays()
 _torch: TorchArrays | None = None
+_torch_cuda: TorchArrays | None = None
 
 
 def arrays_of(array: Any) -> NumpyArrays | TorchArrays:
@@ -293,11 +318,17 @@ def arrays_of(array: Any) -> NumpyArrays | TorchArrays:
     SpecTypeError
         If it belongs to none.
     """
-    global _torch
+    global _torch, _torch_cuda
     if isinstance(array, np.ndarray):
         return _numpy
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
+        if array.is_cuda:
+            if _torch_cuda is None:
+                from tvmdcn.cuda_arrays import TorchCudaArrays
+
+                _torch_cuda = TorchCudaArrays(torch)
+            return _torch_cuda
         if _torch is None:
             _torch = TorchArrays(torch)
         return _torch

@@ -11,18 +11,21 @@ import hashlib
 import json
 import logging
 import os
+import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from tvmdcn import cache, env, native
+from tvmdcn import cache, cuda_libraries, env, native
 from tvmdcn.cache_key import ABI, SCHEMA, CacheKey
 from tvmdcn.errors import ArtifactError, BuildError, SpecError, SpecTypeError
 from tvmdcn.spec import DeformConv2dSpec, spec_from_json
-from tvmdcn.target import TargetInfo, host_features
+from tvmdcn.target import TargetInfo
+from tvmdcn.validation import shown
 
 __all__ = [
     "Artifact",
@@ -37,6 +40,8 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 LIBRARY, MANIFEST = "kernel.so", "manifest.json"
+# Of sums; words of 32 bits are operands of tensor cores.
+_PACKED_DTYPES = ("float32", "float64", "uint32")
 _MANIFEST_LIMIT = 4 << 20  # bytes; a schedule's trace takes some tens of thousands
 
 
@@ -83,7 +88,7 @@ class KernelInterface:
         positive += shape if isinstance(shape, list) else [None]
         if not all(type(value) is int and 0 < value < 1 << 31 for value in positive):
             raise ArtifactError("the field kernel holds a size that is not a positive integer.")
-        if data["packed_dtype"] not in ("float32", "float64") or data["layout"] not in ("NCHW", "NHWC"):
+        if data["packed_dtype"] not in _PACKED_DTYPES or data["layout"] not in ("NCHW", "NHWC"):
             raise ArtifactError("the field kernel holds an unknown dtype or layout.")
         if not all(isinstance(data[name], str) and data[name].isidentifier() for name in ("entry", "pack")):
             raise ArtifactError("the field kernel holds a function name that is none.")
@@ -92,6 +97,12 @@ class KernelInterface:
 
 class DamagedArtifact(ArtifactError):  # noqa: N818 - an error, named after what is damaged
     """The compiled module is not the one that the manifest was written for."""
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """Return the digest of a manifest's other fields, which says that none of them has changed by accident."""
+    fields = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -141,10 +152,13 @@ class Artifact:
         """
         path = Path(path).absolute()
         try:
+            if not stat.S_ISREG(os.stat(path / MANIFEST).st_mode):  # reading a pipe would wait for ever
+                raise ArtifactError(f"{path} holds no artifact: {MANIFEST} is not a file.")
             with open(path / MANIFEST, "rb") as file:
                 text = file.read(_MANIFEST_LIMIT + 1)
-        except OSError as error:
-            raise ArtifactError(f"{path} holds no artifact: {MANIFEST}: {error.strerror}.") from error
+        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
+            reason = getattr(error, "strerror", None) or error
+            raise ArtifactError(f"{path} holds no artifact: {MANIFEST}: {reason}.") from error
         try:
             if len(text) > _MANIFEST_LIMIT:
                 raise ArtifactError(f"it is larger than {_MANIFEST_LIMIT} bytes.")
@@ -154,17 +168,23 @@ class Artifact:
 
     @classmethod
     def _parse(cls, path: Path, data: Any) -> Artifact:
-        expected = {"schema", "key", "target", "kernel", "schedule", "created", "build_seconds", "sha256"}
-        if not isinstance(data, dict) or set(data) != expected:
+        if not isinstance(data, dict):
+            raise ArtifactError("it is not an object.")
+        # Before the fields: another schema may well have others.
+        if type(data.get("schema")) is not int or data["schema"] != SCHEMA:
+            raise ArtifactError(f"its schema is {shown(data.get('schema'))}, this version reads {SCHEMA}.")
+        expected = {"schema", "key", "target", "kernel", "schedule", "created", "build_seconds", "sha256", "digest"}
+        if set(data) != expected:
             raise ArtifactError(f"it must have the fields {', '.join(sorted(expected))}.")
-        if data["schema"] != SCHEMA:
-            raise ArtifactError(f"its schema is {str(data['schema'])[:20]}, this version reads {SCHEMA}.")
+        # Its numbers say how the kernel is called: with another one it would write where it must not.
+        if data["digest"] != _seal(data):
+            raise ArtifactError("its content is not what its digest was made for.")
         key = CacheKey.from_json(data["key"])
         if key.abi != ABI:
             raise ArtifactError(f"its kernel has interface {key.abi}, this version calls {ABI}.")
         seconds = data["build_seconds"]
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-            raise ArtifactError("build_seconds is not a number.")
+        if type(seconds) not in (int, float) or not 0 <= seconds < 1e9:
+            raise ArtifactError("build_seconds is not a number of seconds.")
         if not isinstance(data["schedule"], dict):
             raise ArtifactError("schedule is not an object.")
         if not isinstance(data["created"], str) or not isinstance(data["sha256"], str):
@@ -175,7 +195,7 @@ class Artifact:
             raise ArtifactError("its operator contradicts its specification.")
         if target.identity() != key.target or kernel.layout != spec.layout:
             raise ArtifactError("its target or layout contradicts its key.")
-        if kernel.packed_dtype != spec.accumulator_dtype:
+        if target.kind == "llvm" and kernel.packed_dtype != spec.accumulator_dtype:
             raise ArtifactError("the dtype of its packed weight contradicts its key.")
         return cls(path, key, spec, target, kernel, data["schedule"], data["created"], float(seconds), data["sha256"])
 
@@ -194,20 +214,27 @@ class Artifact:
             processor, or it cannot be loaded.
         """
         self._check_host()
-        cache.check_trusted(self.library, self.path)
-        cache.check_trusted(self.path / MANIFEST, self.path)
+        if self.target.kind == "cuda":
+            cuda_libraries.load_runtime()
         try:
+            self._check_trusted()
             with open(self.library, "rb") as file:
-                found = hashlib.sha256(file.read()).hexdigest()
+                found = _digest_of(file)
                 read = os.fstat(file.fileno())
-        except OSError as error:
-            raise DamagedArtifact(f"{self.library} cannot be read: {error.strerror}. Delete {self.path}.") from error
+        except (cache.VanishedArtifact, OSError) as error:
+            reason = f"{error.strerror}." if isinstance(error, OSError) else error
+            raise DamagedArtifact(f"{self.library} cannot be read: {reason} Delete {self.path}.") from error
         if found != self.sha256:
             raise DamagedArtifact(
                 f"{self.library} is not the file its manifest was written for (sha256 {found[:12]}..., "
                 f"expected {self.sha256[:12]}...): it is damaged. Delete {self.path}."
             )
-        module = native.load_module(self.library)
+        try:
+            module = native.load_module(self.library)
+        except ArtifactError as error:
+            if self.library.exists():
+                raise
+            raise DamagedArtifact(f"{self.library} was removed while it was loaded. Load again.") from error
         # What was loaded must be what was checked: a rebuild may have come between.
         try:
             loaded = self.library.stat()
@@ -221,14 +248,22 @@ class Artifact:
         """Take the artifact out of the cache: without its manifest it is none."""
         (self.path / MANIFEST).unlink(missing_ok=True)
 
+    def _check_trusted(self) -> None:
+        cache.check_trusted(self.library, self.path)
+        cache.check_trusted(self.path / MANIFEST, self.path)
+
     def _check_host(self) -> None:
-        features = host_features()
-        missing = sorted(self.target.features - features)
-        if features and missing:
-            raise ArtifactError(
-                f"{self.path} was built for {self.target.tag} and needs {', '.join(missing)}, which this "
-                "machine lacks: it would end in an illegal instruction. Build for this machine ('llvm')."
-            )
+        refusal = self.target.refusal()
+        if refusal is not None:
+            raise ArtifactError(f"{self.path} was built for {self.target.tag} and {refusal}.")
+
+
+def _digest_of(file: IO[bytes]) -> str:
+    """Return the SHA-256 of a file, which need not fit into memory."""
+    state = hashlib.sha256()
+    while block := file.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()
 
 
 def find(key: CacheKey, cache_dir: Path | None = None) -> Artifact | None:
@@ -241,11 +276,16 @@ def find(key: CacheKey, cache_dir: Path | None = None) -> Artifact | None:
     """
     root = cache_dir or env.cache_dir()
     path = key.path(root)
-    if not (path / MANIFEST).is_file():
-        return None
-    cache.check_trusted(path, root)
     try:
+        cache.check_trusted(path, root)
+    except cache.VanishedArtifact:
+        return None
+    try:
+        if not (path / MANIFEST).is_file():
+            return None
         artifact = Artifact.read(path)
+    except OSError as error:
+        raise ArtifactError(f"{path / MANIFEST} cannot be read: {error.strerror}.") from error
     except ArtifactError as error:
         _log.warning("%s It is taken for missing.", error)
         return None
@@ -256,7 +296,12 @@ def artifacts(cache_dir: Path | None = None) -> Iterator[Artifact]:
     """Iterate over the artifacts in a cache directory that can be read, newest last."""
     root = cache_dir or env.cache_dir()
     found = []
-    for manifest in (root / f"v{SCHEMA}").glob(f"*/[!.]*/{MANIFEST}"):
+    try:
+        manifests = sorted((root / f"v{SCHEMA}").glob(f"*/[!.]*/{MANIFEST}"))
+    except OSError as error:  # not to be looked at, or removed meanwhile
+        _log.debug("passed over: %s", error)
+        manifests = []
+    for manifest in manifests:
         try:
             cache.check_trusted(manifest, root)
             found.append(Artifact.read(manifest.parent))
@@ -316,7 +361,7 @@ def build_once(
             if not library.is_file():
                 raise BuildError(f"the build of {path.name} wrote no {LIBRARY}.")
             library.chmod(0o700)
-            manifest = {
+            manifest: dict[str, Any] = {
                 "schema": SCHEMA,
                 "key": key.to_json(),
                 "target": target.to_json(),
@@ -326,11 +371,14 @@ def build_once(
                 "build_seconds": round(seconds, 3),
                 "sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
             }
+            manifest["digest"] = _seal(manifest)
             # The manifest is the commit marker, so it comes last; sorting keeps two of them comparable.
             (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
             (directory / MANIFEST).chmod(0o600)
             for leftover in directory.iterdir():
-                if leftover.name not in (LIBRARY, MANIFEST):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                elif leftover.name not in (LIBRARY, MANIFEST):
                     leftover.unlink()
             cache.commit(directory, path)
         _log.info("built %s in %.1f s (schedule: %s), kept in %s", path.name, seconds, key.schedule, path)

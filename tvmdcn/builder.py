@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,26 @@ from tvm import tirx
 from tvmdcn.artifact import Artifact, KernelInterface, build_once
 from tvmdcn.cache_key import CacheKey
 from tvmdcn.errors import BuildError, SpecError, SpecTypeError
+from tvmdcn.linking import linker_for
 from tvmdcn.space import TILE_UNITS, UNIT_BYTES, Decisions, space_of
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.target import TargetInfo, resolve_target
-from tvmdcn.te import Operator, operator_of
+from tvmdcn.te import DeviceForm, Operator, operator_of
 from tvmdcn.tuning.records import TuningRecords
 from tvmdcn.validation import shown
 
 __all__ = [
     "PACKED_ALIGNMENT",
+    "OwnBarriers",
     "build",
+    "compile_kernels",
     "compile_schedule",
+    "device_module",
     "interface_of",
     "lanes_of",
     "naive_schedule",
     "new_schedule",
+    "write_library",
 ]
 
 _log = logging.getLogger(__name__)
@@ -53,9 +59,16 @@ def lanes_of(spec: DeformConv2dSpec, target: TargetInfo) -> int:
 def new_schedule(spec: DeformConv2dSpec, target: TargetInfo) -> Any:
     """Return a TVM ``Schedule`` of the operator, nothing scheduled yet; its function is named as the operator."""
     operator = operator_of(spec)
-    func = operator.kernel(spec, lanes_of(spec, target))
+    func = _device_form(spec).kernel(spec) if target.kind == "cuda" else operator.kernel(spec, lanes_of(spec, target))
     module = tvm.IRModule({operator.name: func.with_attr("global_symbol", operator.name)})
     return tvm.s_tir.Schedule(module, debug_mask="none")
+
+
+def _device_form(spec: DeformConv2dSpec) -> DeviceForm:
+    form = operator_of(spec).device
+    if form is None:
+        raise BuildError(f"{spec.operator} has no form for GPUs yet. Build it for a processor (target 'llvm').")
+    return form
 
 
 def naive_schedule(spec: DeformConv2dSpec, target: TargetInfo) -> Any:
@@ -88,6 +101,18 @@ def _annotations(operator: Operator, module: Any) -> dict[str, int]:
 def interface_of(spec: DeformConv2dSpec, target: TargetInfo, module: Any) -> KernelInterface:
     """Return how the kernel of a scheduled module is called."""
     operator = operator_of(spec)
+    if target.kind == "cuda":
+        form = _device_form(spec)
+        return KernelInterface(
+            granule=form.granule,
+            max_tile_units=1,
+            packed_shape=form.packed_shape(spec),
+            packed_dtype=form.packed_dtype(spec),
+            layout=spec.layout,
+            entry=operator.name,
+            pack=PACK,
+            alignment=PACKED_ALIGNMENT,
+        )
     noted = _annotations(operator, module)
     most = _TASK_BYTES // noted.get(UNIT_BYTES, 1)
     return KernelInterface(
@@ -115,16 +140,108 @@ def compile_schedule(spec: DeformConv2dSpec, target: TargetInfo, module: Any) ->
     BuildError
         If TVM refuses.
     """
+    return _compile(spec, target, module)[0]
+
+
+def _compile(spec: DeformConv2dSpec, target: TargetInfo, module: Any) -> tuple[Any, dict[str, Any] | None]:
+    """Return the executable, and for a GPU what its compiler said (:meth:`CompiledSource.to_json`)."""
+    if target.kind == "cuda":
+        executable, compiled = compile_kernels(spec, target, module)
+        return executable, compiled.to_json()
     operator = operator_of(spec)
     pack = operator.pack(spec, lanes_of(spec, target)).with_attr("global_symbol", PACK)
     functions = {operator.name: module[operator.name], PACK: pack}
     try:
-        return tvm.compile(tvm.IRModule(functions), target=target.to_tvm())
+        return tvm.compile(tvm.IRModule(functions), target=target.to_tvm()), None
     except Exception as error:
         # TVM raises RuntimeError, ValueError and its own classes alike.
-        raise BuildError(
-            f"TVM could not compile {operator.name} {spec.slug} for {target.tag}: {_last_line(error)}"
-        ) from error
+        raise _refused(spec, target, error) from error
+
+
+def compile_kernels(spec: DeformConv2dSpec, target: TargetInfo, module: Any, sass: bool = True) -> tuple[Any, Any]:
+    """Compile a scheduled module for a GPU, with the function that packs the weight.
+
+    Returns
+    -------
+    tvm.runtime.Executable, tvmdcn.cuda_compiler.CompiledSource
+
+    Raises
+    ------
+    BuildError
+        If TVM or CUDA's compiler refuses.
+    """
+    from tvmdcn.cuda_module import compile_module
+
+    try:
+        return compile_module(
+            device_module(spec, target, module), target.to_tvm(), instruments=(OwnBarriers(),), sass=sass
+        )
+    except BuildError:
+        raise
+    except Exception as error:
+        raise _refused(spec, target, error) from error
+
+
+def device_module(spec: DeformConv2dSpec, target: TargetInfo, module: Any) -> Any:
+    """Return a scheduled module as it is compiled for a GPU: with its barriers, and ``pack_weight``."""
+    operator = operator_of(spec)
+    finish = space_of(operator.name, target.kind).finish
+    kernel = module[operator.name]
+    pack = _device_form(spec).pack(spec).with_attr("global_symbol", PACK)
+    return tvm.IRModule({operator.name: kernel if finish is None else finish(kernel), PACK: pack})
+
+
+@tvm.instrument.pass_instrument
+class OwnBarriers:
+    """Keeps TVM from adding barriers to kernels whose design space has placed them itself.
+
+    TVM takes any two accesses to shared memory for a conflict, so that a double-buffered pipeline has two or more a
+    step where it needs one; and it does not see what a device function reads.
+    """
+
+    def should_run(self, module: Any, info: Any) -> bool:
+        """Return whether a pass is to run."""
+        del module
+        return str(info.name) != "s_tir.ThreadSync"
+
+
+def _refused(spec: DeformConv2dSpec, target: TargetInfo, error: Exception) -> BuildError:
+    return BuildError(f"TVM could not compile {spec.operator} {spec.slug} for {target.tag}: {_last_line(error)}")
+
+
+def write_library(executable: Any, target: TargetInfo, library: Path) -> None:
+    """Link what :func:`compile_schedule` returns.
+
+    Beside `library`, a directory is left with the object files, or with links to nothing; none in the system's
+    directory of temporary files, where those of a build that is killed would stay.
+
+    Raises
+    ------
+    BuildError
+        If there is no linker for the target, or it fails.
+    OSError
+        If the directory cannot be made.
+    """
+    linker = linker_for(target)
+    objects = library.with_name("objects")
+    objects.mkdir()
+    memory = []
+    try:
+        if hasattr(os, "memfd_create"):
+            # LLVM ends the process when it cannot write a file, on a full disk for example. Object files are small.
+            for name in ("lib0.o", "devc.o"):
+                memory.append(os.memfd_create(name))
+                (objects / name).symlink_to(f"/proc/{os.getpid()}/fd/{memory[-1]}")
+        executable.export_library(str(library), fcompile=linker, workspace_dir=str(objects))
+    except BuildError:
+        raise
+    except (RuntimeError, ValueError) as error:  # what TVM and the compiler that it calls say
+        # The last line is the command, a long one.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Command line:" not in line]
+        raise BuildError(f"{library.name} could not be linked: {' '.join(lines)[:400]}") from error
+    finally:
+        for descriptor in memory:
+            os.close(descriptor)
 
 
 def _last_line(error: BaseException) -> str:
@@ -187,8 +304,10 @@ def build(
 
     def make(directory: Path) -> tuple[KernelInterface, Mapping[str, Any]]:
         sch, description = _scheduled(spec, info, schedule)
-        executable = compile_schedule(spec, info, sch.mod)
-        executable.export_library(str(directory / "kernel.so"))
+        executable, device = _compile(spec, info, sch.mod)
+        write_library(executable, info, directory / "kernel.so")
+        if device is not None:
+            description["device"] = device
         description["tir"] = sch.mod[operator_of(spec).name].script()
         return interface_of(spec, info, sch.mod), description
 

@@ -10,28 +10,37 @@ import functools
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tvmdcn import env
-from tvmdcn.errors import ArtifactError, SpecError
+from tvmdcn.errors import ArtifactError, HomelessError, RecordsError, SpecError
 from tvmdcn.spec import DeformConv2dSpec, spec_from_json
 from tvmdcn.target import TargetInfo
 
-__all__ = ["ABI", "SCHEDULES", "SCHEMA", "CacheKey", "record_roots", "records_digest", "source_digest"]
+__all__ = ["ABI", "SCHEDULES", "SCHEMA", "CacheKey", "installed_compiler", "record_roots", "records_digest", "source_digest", "user_records"]
 
 # Raise with the manifest's format; artifacts of another schema lie in another directory.
-SCHEMA = 1
+SCHEMA = 2
 # Raise with the signature or the meaning of the compiled functions (see tvmdcn.compiled).
 ABI = 2
 SCHEDULES = ("tuned", "default", "naive", "decisions")
+# What stands in paths: operators, and what names of targets are made of.
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 
 
 @functools.lru_cache(maxsize=1)
-def _versions() -> tuple[str, str]:
-    """Return the versions of apache-tvm and apache-tvm-ffi, without importing either."""
+def installed_compiler() -> tuple[str, str]:
+    """Return the versions of apache-tvm and apache-tvm-ffi, without importing either.
+
+    Raises
+    ------
+    ArtifactError
+        If one of them is not installed.
+    """
     from importlib import metadata  # 30 ms
 
     try:
@@ -68,19 +77,45 @@ def source_digest() -> str:
 
 
 def record_roots() -> list[Path]:
-    """Return where tuning records lie: the user's (TVMDCN_RECORDS or a data directory), then ours."""
+    """Return where tuning records lie: the user's (:func:`user_records`), if he has a place for them, then ours."""
+    try:
+        return [user_records(), package_directory("tuning_logs")]
+    except HomelessError:
+        return [package_directory("tuning_logs")]
+
+
+def user_records() -> Path:
+    """Return where the user's records lie: TVMDCN_RECORDS, or in his data directory.
+
+    Raises
+    ------
+    SettingError
+        If TVMDCN_RECORDS names no directory, or is not set and the user has no home.
+    """
     user = env.records_dir()
     if user is None:
         import platformdirs  # only the default needs it, and imports must stay cheap
 
-        user = Path(platformdirs.user_data_dir("tvmdcn", appauthor=False)) / "tuning_logs"
-    return [user, package_directory("tuning_logs")]
+        user = env.default_directory("TVMDCN_RECORDS", platformdirs.user_data_dir("tvmdcn", appauthor=False))
+        user /= "tuning_logs"
+    return user
 
 
 def records_digest(tag: str) -> str:
-    """Return the digest of the tuning records of a target tag, wherever they lie."""
-    files = [path for root in record_roots() for path in sorted((root / tag).glob("*.json"))]
-    return _digest([(path.name, path.read_bytes()) for path in files])
+    """Return the digest of the tuning records of a target tag, wherever they lie.
+
+    Raises
+    ------
+    RecordsError
+        If they are there and cannot be read.
+    """
+    try:
+        files = [path for root in record_roots() for path in sorted((root / tag).glob("*.json"))]
+        return _digest([(path.name, path.read_bytes()) for path in files if path.is_file()])
+    except OSError as error:
+        raise RecordsError(
+            f"the tuning records of {tag} cannot be read: {error}. Set TVMDCN_RECORDS to a directory that can be."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -130,7 +165,7 @@ class CacheKey:
         """
         if schedule not in SCHEDULES:
             raise SpecError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
-        tvm, tvm_ffi = _versions()
+        tvm, tvm_ffi = installed_compiler()
         return cls(
             operator=spec.operator,
             spec=spec.to_json(),
@@ -159,6 +194,14 @@ class CacheKey:
         for name, value in data.items():
             if type(value) is not types.get(name, str):
                 raise ArtifactError(f"the key's field {name} is {str(value)[:80]!r}.")
+        words = {"operator": data["operator"], **{f"target.{name}": value for name, value in data["target"].items()}}
+        for name, value in words.items():
+            if not (isinstance(value, str) and _WORD.fullmatch(value)):
+                raise ArtifactError(f"the key's field {name} is {str(value)[:80]!r}.")
+        try:
+            TargetInfo.tag_of(data["target"])
+        except KeyError as error:
+            raise ArtifactError(f"the key's field target has no {error}.") from error
         return cls(**data)
 
     def to_json(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import platform
 import time
 from importlib import metadata
@@ -22,9 +23,13 @@ _COMMANDS = {
         "tvmdcn.tuning.command:tune_command",
         "Search the best schedule of a layer for this machine, and keep it.",
     ),
+    "records": ("tvmdcn.tuning.records_command:records_command", "List, show, merge, prune and verify what was tuned."),
     "build": ("tvmdcn.cli:build_command", "Compile a layer to an artifact that loads without the compiler."),
+    "pack": ("tvmdcn.packs.command:pack_command", "Build layers for several targets, to run where no compiler is."),
     "benchmark": ("tvmdcn.bench.command:benchmark_command", "Measure layers beside other libraries."),
-    "report": ("tvmdcn.report.page:report_command", "Make a page and tables of measurements and tuning records."),
+    "onnx": ("tvmdcn.onnx.command:onnx_command", "Run a model in ONNX with our kernels, beside onnxruntime alone."),
+    "stages": ("tvmdcn.bench.stages:stages_command", "Measure where the time of a layer goes, stage by stage."),
+    "report": ("tvmdcn.report.command:report_command", "Make a page and tables of measurements, or compare two runs."),
     "info": ("tvmdcn.cli:info_command", "Show versions, this machine's target and the settings in force."),
 }
 # Whose versions decide what is built and measured.
@@ -37,6 +42,7 @@ _SETTINGS = {
     "TVMDCN_RECORDS": "records_dir",
     "TVMDCN_LOCK_TIMEOUT": "lock_timeout",
     "TVMDCN_TARGET": "target",
+    "TVMDCN_PACK": "packs",
 }
 
 
@@ -119,6 +125,7 @@ def build_command(problems: tuple[str, ...], operator: str, target: str | None, 
 def info_command() -> None:
     """Show versions, this machine's target and the settings in force."""
     from tvmdcn import env
+    from tvmdcn.packs.active import active_packs
     from tvmdcn.target import detect_target
 
     click.echo(f"python {platform.python_version()} on {platform.platform()}")
@@ -131,7 +138,11 @@ def info_command() -> None:
     click.echo(f"target {target.tag}: {target.vector_bits}-bit vectors, {target.cores} cores")
     for name, read in _SETTINGS.items():
         value = getattr(env, read)()
+        if isinstance(value, tuple):
+            value = os.pathsep.join(map(str, value)) or None
         click.echo(f"{name} = {'not set' if value is None else value}  ({env.SETTINGS[name].doc})")
+    for pack in active_packs():
+        click.echo(f"pack {pack.manifest.name} {pack.manifest.version}: {len(pack.kernels)} kernels ({pack.path})")
     for name, meant in env.unknown_names().items():
         hint = f"; did you mean {meant}?" if meant else ""
         click.echo(f"warning: {name} is set, and is no setting of tvmdcn{hint}", err=True)

@@ -16,7 +16,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -216,6 +216,8 @@ class CompiledKernel:
             dtype={name: arrays.dtype(array) for name, array in named.items()},
             layout=layer.layout,
         )
+        # The arguments don't tell how their products are made.
+        found = replace(found, tf32=layer.tf32) if found.dtype == layer.dtype else found
         if found != layer:
             raise SpecError(
                 f"the arguments are those of another layer than {self!r}: "

@@ -15,15 +15,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tvmdcn.errors import SettingError
+from tvmdcn.errors import HomelessError, MissingExtra, SettingError
+from tvmdcn.validation import shown
 
 __all__ = [
     "SETTINGS",
     "Setting",
     "build_mode",
     "cache_dir",
+    "default_directory",
     "lock_timeout",
     "num_threads",
+    "packs",
     "records_dir",
     "set_default",
     "target",
@@ -85,6 +88,12 @@ SETTINGS = {
             "this machine",
             "What to build for instead of the machine at hand.",
         ),
+        Setting(
+            "TVMDCN_PACK",
+            f"directories, with {os.pathsep!r} between them",
+            "the packs that are installed",
+            "Packs of prebuilt kernels that are looked in before installed packs and before the cache.",
+        ),
     )
 }
 
@@ -108,11 +117,30 @@ def _directory(name: str) -> Path | None:
         return None
     try:
         path = Path(value).expanduser().absolute()
+        is_other = path.exists() and not path.is_dir()
     except RuntimeError as error:  # ~name of a user who is not there
         raise _refusal(name, value) from error
-    if path.exists() and not path.is_dir():
+    except OSError as error:  # a name that is too long, a directory that may not be looked into
+        raise SettingError(f"{name}={shown(value)} cannot be used: {error.strerror}. Name another one.") from error
+    if is_other:
         raise SettingError(f"{name}={value!r} is not a directory. Name a directory, or one that can be made.")
     return path
+
+
+def default_directory(name: str, path: str) -> Path:
+    """Return the directory that holds where a setting is not set.
+
+    Raises
+    ------
+    HomelessError
+        If it has no place: a user without a home, as in some containers.
+    """
+    if not os.path.isabs(path):
+        raise HomelessError(
+            f"{name} is not set, and its default is in the home of the user, who has none here (HOME is not set). "
+            f"Set {name} to a directory."
+        )
+    return Path(path)
 
 
 def cache_dir() -> Path:
@@ -121,13 +149,21 @@ def cache_dir() -> Path:
     Raises
     ------
     SettingError
-        If it names something that is not a directory.
+        If it names something that is not a directory, or it is not set and the user has no home.
+    MissingExtra
+        If it is not set, and the package that knows the default is not installed.
     """
     path = _directory("TVMDCN_CACHE_DIR")
     if path is None:
-        import platformdirs  # only the default needs it, and imports must stay cheap
-
-        path = Path(platformdirs.user_cache_dir("tvmdcn", appauthor=False))
+        try:
+            import platformdirs  # only the default needs it, and imports must stay cheap
+        except ModuleNotFoundError as error:
+            raise MissingExtra(
+                "TVMDCN_CACHE_DIR is not set, and its default needs platformdirs, not installed here: set it, or "
+                "pip install platformdirs",
+                name="platformdirs",
+            ) from error
+        path = default_directory("TVMDCN_CACHE_DIR", platformdirs.user_cache_dir("tvmdcn", appauthor=False))
     return path
 
 
@@ -203,6 +239,30 @@ def lock_timeout() -> float:
 def target() -> str | None:
     """Return TVMDCN_TARGET, None where it is unset; :mod:`tvmdcn.target` says what it may be."""
     return _text("TVMDCN_TARGET")
+
+
+def packs() -> tuple[Path, ...]:
+    """Return the directories of TVMDCN_PACK as absolute paths, none where it is unset.
+
+    Raises
+    ------
+    SettingError
+        If one of them is not a directory.
+    """
+    found = []
+    for part in (_text("TVMDCN_PACK") or "").split(os.pathsep):
+        if not part:
+            continue
+        try:
+            path = Path(part).expanduser().absolute()
+        except RuntimeError as error:  # ~name of a user who is not there
+            raise _refusal("TVMDCN_PACK", part) from error
+        if not path.is_dir():
+            raise SettingError(
+                f"TVMDCN_PACK={part!r} is not a directory. Name the directory that tvmdcn pack wrote, or unset it."
+            )
+        found.append(path)
+    return tuple(found)
 
 
 def unknown_names(environ: Mapping[str, str] | None = None) -> dict[str, str | None]:

@@ -12,6 +12,8 @@ __all__ = [
     "ArtifactError",
     "ArtifactMissing",
     "BuildError",
+    "DeviceError",
+    "HomelessError",
     "MissingExtra",
     "RecordsError",
     "SettingError",
@@ -24,6 +26,10 @@ __all__ = [
 
 class TvmdcnError(Exception):
     """Base of every exception that the package raises on purpose."""
+
+    def __str__(self) -> str:
+        """Return the message, which can always be printed: half characters, which JSON may hold, are written out."""
+        return super().__str__().encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class SpecError(TvmdcnError, ValueError):
@@ -38,8 +44,16 @@ class SettingError(TvmdcnError, ValueError):
     """An environment variable of the package has a value that it cannot have."""
 
 
+class HomelessError(SettingError):
+    """A setting has no value, and its default would be in the home of a user who has none."""
+
+
 class BuildError(TvmdcnError, RuntimeError):
     """A kernel could not be scheduled, compiled or sealed."""
+
+
+class DeviceError(TvmdcnError, RuntimeError):
+    """The device that a kernel is for is not there, or does not do what is asked of it."""
 
 
 class ArtifactError(TvmdcnError, RuntimeError):

@@ -12,10 +12,15 @@ __all__ = ["EXTRAS", "explain", "require"]
 # Modules by extra. tests/test_cli.py compares the table with pyproject.toml.
 EXTRAS = {
     "tune": ("xgboost", "psutil", "cloudpickle"),
-    "report": ("jinja2", "markupsafe", "matplotlib"),
+    "report": ("altair", "jinja2", "jsonschema", "markupsafe", "pygments", "scipy", "vl_convert"),
     "torch": ("torch",),
-    "bench": ("onnxruntime", "openvino", "onnx"),
+    "pack": ("wheel",),
+    "bench": ("jsonschema", "onnxruntime", "openvino", "onnx"),
+    "onnx": ("onnx", "onnxruntime"),
 }
+
+# What the package itself requires: only what was installed with --no-deps, to run packs and build nothing, lacks it.
+_REQUIRED = ("tvm", "tvm_ffi", "numpy", "click", "filelock", "platformdirs", "rich")
 
 
 def _message(purpose: str, modules: list[str], extra: str) -> str:
@@ -47,5 +52,7 @@ def explain(error: ImportError, purpose: str) -> str | None:
     if isinstance(error, MissingExtra):
         return str(error)
     module = (error.name or "").partition(".")[0]
+    if module in _REQUIRED:
+        return f"{purpose} needs {module}, not installed here: pip install tvmdcn, without --no-deps"
     extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
     return None if extra is None else _message(purpose, [module], extra)

@@ -10,7 +10,7 @@ from typing import Any
 from tvmdcn.arrays import NumpyArrays, TorchArrays, arrays_of
 from tvmdcn.errors import SpecError
 from tvmdcn.grad_kernel import GradKernel, refuse_second_derivatives
-from tvmdcn.runtime import load
+from tvmdcn.runtime import load_for
 from tvmdcn.spec import BORDERS, DeformConv2dGradSpec, DeformConv2dSpec
 from tvmdcn.tensors import Gradients
 from tvmdcn.validation import check_padding, check_pair, shown
@@ -79,10 +79,11 @@ def deform_conv2d_backward(
     layout = "NCHW"
     kernel = None
     try:
-        if type(arrays) is TorchArrays and not input.is_contiguous() and arrays.is_dense(input, "NHWC"):
+        if isinstance(arrays, TorchArrays) and not input.is_contiguous() and arrays.is_dense(input, "NHWC"):
             layout = "NHWC"
         taps_and_channels = (weight.shape, offset.shape[1], input.shape[1])
-        key = (taps_and_channels, mask is None, input.dtype, stride, padding, dilation, layout, needs, border)
+        gpu = arrays.gpu(input)
+        key = (taps_and_channels, mask is None, input.dtype, stride, padding, dilation, layout, needs, border, gpu)
         kernel = _kernels.get(key)
     except (AttributeError, IndexError, TypeError):  # not an array, or too few axes: the check says which
         pass
@@ -152,4 +153,5 @@ def _find(
     if not any(flags.values()):
         return None
     # Where nobody asks for the offset's gradient one kernel serves both.
-    return load(DeformConv2dGradSpec.of(layer, **flags, border=border if of_offset else BORDERS[0]))
+    spec = DeformConv2dGradSpec.of(layer, **flags, border=border if of_offset else BORDERS[0])
+    return load_for(spec, arrays.gpu(input))

@@ -16,11 +16,12 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import math
+import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvmdcn.errors import ArtifactError
 
@@ -31,7 +32,7 @@ _INT, _DLTENSOR, _RAW_STR, _FUNCTION, _MODULE = 1, 7, 8, 68, 73
 _OBJECT_HEADER_BYTES = 24  # TVMFFIObject
 # struct DLTensor in 64-bit words: data, device, (ndim, dtype), shape, strides, byte_offset
 _DLTENSOR_WORDS = 6
-_DL_CPU = 1
+_DL_CPU, DL_CUDA = 1, 2
 # DLDataType as a 32-bit word: code, bits, lanes (1)
 _DL_DTYPES = {
     name: code | bits << 8 | 1 << 16
@@ -40,6 +41,7 @@ _DL_DTYPES = {
         "float32": (2, 32),
         "float64": (2, 64),
         "bfloat16": (4, 16),
+        "uint32": (1, 32),
     }.items()
 }
 
@@ -56,7 +58,59 @@ class _Bytes(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_size_t))
 
 
-def _library(package: str, name: str) -> Path:
+DISTRIBUTIONS = {"tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
+"""The packages with the libraries, and what installs them."""
+
+
+class Provided(NamedTuple):
+    """A library that is used where its package is not installed: path, version, and a check before it is loaded."""
+
+    path: Path
+    version: str
+    check: Callable[[], object]
+
+
+_provided: dict[str, Provided] = {}
+
+
+def provide(libraries: Mapping[str, Provided]) -> None:
+    """Use these libraries, by name ("tvm_runtime", ...), where their packages are not installed.
+
+    Raises
+    ------
+    ArtifactError
+        If this process runs kernels with another version already.
+    """
+    with _runtime_lock:
+        for name, given in libraries.items():
+            known = _provided.get(name)
+            if known is not None and known.version != given.version:
+                raise ArtifactError(
+                    f"this process runs kernels with {known.path} of version {known.version}, and {given.path} is of "
+                    f"version {given.version}. Use packs of one version in a process."
+                )
+            if known is None or _runtime is None:
+                _provided[name] = given
+
+
+def is_provided(name: str) -> bool:
+    """Return whether somebody has provided a library."""
+    return name in _provided
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, None if it is not installed, "unknown" if it does not say."""
+    if importlib.util.find_spec(package) is None:
+        return None
+    from importlib import metadata  # 30 ms
+
+    try:
+        return metadata.version(DISTRIBUTIONS[package])
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def library(package: str, name: str) -> Path:
     """Return the path of a library in the `lib` directory of an installed package, without importing that."""
     prefix, suffix = (
         ("", ".dll") if sys.platform == "win32" else ("lib", ".dylib" if sys.platform == "darwin" else ".so")
@@ -66,10 +120,12 @@ def _library(package: str, name: str) -> Path:
         path = Path(directory, "lib", f"{prefix}{name}{suffix}")
         if path.is_file():
             return path
-    distribution = {"tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}[package]
+    if spec is None and name in _provided:
+        _provided[name].check()
+        return _provided[name].path
     raise ArtifactError(
         f"{prefix}{name}{suffix} was not found in the package {package}, and kernels cannot run without it. "
-        f"Install {distribution} in the version that tvmdcn pins (pip install tvmdcn does)."
+        f"Install {DISTRIBUTIONS[package]} in the version that tvmdcn pins (pip install tvmdcn does)."
     )
 
 
@@ -79,8 +135,8 @@ class _Runtime:
     def __init__(self) -> None:
         # Global symbols: a kernel finds TVMBackendParallelLaunch and its like in the process, or crashes when
         # called.
-        self.ffi = ctypes.CDLL(str(_library("tvm_ffi", "tvm_ffi")), mode=ctypes.RTLD_GLOBAL)
-        self.runtime = ctypes.CDLL(str(_library("tvm", "tvm_runtime")), mode=ctypes.RTLD_GLOBAL)
+        self.ffi = ctypes.CDLL(str(library("tvm_ffi", "tvm_ffi")), mode=ctypes.RTLD_GLOBAL)
+        self.runtime = ctypes.CDLL(str(library("tvm", "tvm_runtime")), mode=ctypes.RTLD_GLOBAL)
         pointer, integer = ctypes.c_void_p, ctypes.c_int32
         self.call = self.ffi.TVMFFIFunctionCall
         self.call.argtypes, self.call.restype = (pointer, pointer, integer, pointer), ctypes.c_int
@@ -88,6 +144,9 @@ class _Runtime:
         self._get_global.argtypes, self._get_global.restype = (pointer, pointer), ctypes.c_int
         self._take_error = self.ffi.TVMFFIErrorMoveFromRaised
         self._take_error.argtypes, self._take_error.restype = (pointer,), None
+        self._set_stream = self.ffi.TVMFFIEnvSetStream
+        self._set_stream.argtypes = (integer, integer, pointer, pointer)
+        self._set_stream.restype = ctypes.c_int
         self.release = self.ffi.TVMFFIObjectDecRef
         self.release.argtypes, self.release.restype = (pointer,), ctypes.c_int
 
@@ -134,6 +193,13 @@ class _Runtime:
                 "Reinstall tvmdcn together with the apache-tvm and apache-tvm-ffi that it asks for."
             )
         return handle.value
+
+    def exchange_stream(self, gpu: int, stream: int) -> int:
+        """Let this thread's next kernels on a GPU go to a stream; return the handle of the one before."""
+        before = ctypes.c_void_p()
+        if self._set_stream(DL_CUDA, gpu, stream, ctypes.byref(before)):
+            raise RuntimeError(self.error())
+        return before.value or 0
 
     def config_threadpool(self, mode: int, count: int, processors: Sequence[int]) -> None:
         """Call ``runtime.config_threadpool`` for the pool of the current thread."""
@@ -211,7 +277,7 @@ def load_module(path: Path) -> Module:
     """
     native = runtime()
     try:
-        kind, handle = native.invoke(native.global_function("ffi.ModuleLoadFromFile"), str(path).encode())
+        kind, handle = native.invoke(native.global_function("ffi.ModuleLoadFromFile"), os.fsencode(path))
     except RuntimeError as error:
         raise ArtifactError(f"{path} cannot be loaded: {error}") from error
     if kind != _MODULE:
@@ -233,10 +299,13 @@ class Tensor:
         """The size of the memory described."""
         return math.prod(self.shape) * (_DL_DTYPES[self.dtype] >> 8 & 0xFF) // 8
 
-    def words(self, address: int) -> list[int]:
-        """Return the DLTensor for its sizes at `address`, followed there by its strides, without the data."""
+    def words(self, address: int, device: int = _DL_CPU) -> list[int]:
+        """Return the DLTensor for its sizes at `address`, followed there by its strides, without the data.
+
+        `device` is DLPack's type of the device, and in the upper half its number.
+        """
         axes = len(self.shape)
-        return [0, _DL_CPU, axes | _DL_DTYPES[self.dtype] << 32, address, address + 8 * axes, 0]
+        return [0, device, axes | _DL_DTYPES[self.dtype] << 32, address, address + 8 * axes, 0]
 
     def sizes(self) -> list[int]:
         """Return shape and strides (in elements)."""
@@ -251,12 +320,14 @@ class Frame:
     """One prepared call: a function and its arguments, of which only the data pointers change between calls.
 
     A frame belongs to one call at a time. `pointers` says at which indices of `words` the data pointers of
-    the tensors go, in the order of the arguments; set them, then :meth:`run`.
+    the tensors go, in the order of the arguments; set them, then :meth:`run`. All tensors are in the memory of one
+    device: the host's, or the GPU's of a number.
     """
 
     __slots__ = ("_arguments", "_call", "_count", "_function", "_name", "_result", "pointers", "words")
 
-    def __init__(self, function: Function, arguments: Sequence[Tensor | int]) -> None:
+    def __init__(self, function: Function, arguments: Sequence[Tensor | int], gpu: int | None = None) -> None:
+        device = _DL_CPU if gpu is None else DL_CUDA | gpu << 32
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         count = len(arguments)
         # arguments (2 words each) | result (2) | DLTensors (6 each) | shapes and strides
@@ -271,7 +342,7 @@ class Frame:
             if isinstance(argument, Tensor):
                 at = next(following)
                 self._put(2 * position, [_DLTENSOR, base + 8 * at])
-                self._put(at, argument.words(base + 8 * first_size))
+                self._put(at, argument.words(base + 8 * first_size, device))
                 sizes = argument.sizes()
                 self._put(first_size, sizes)
                 first_size += len(sizes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from tvmdcn.errors import SpecError
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.tensors import Tensors, make_tensors, numpy_dtype
-from tvmdcn.validation import shown
+from tvmdcn.validation import check_int, shown
 
 __all__ = [
     "PROBLEMS",
@@ -40,24 +40,36 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer, or its gradients, and the size of image it is asked about."""
+    """A layer, or its gradients, and the size of image it is asked about.
+
+    Parameters
+    ----------
+    name : str
+    spec, extents
+        What is computed, of which size.
+    source : str
+        Where it comes from, in words.
+    count : int
+        How often a model calls it; no part of what the layer is.
+    """
 
     name: str
     spec: DeformConv2dSpec
     extents: Extents
     source: str
+    count: int = field(default=1, compare=False)
 
     @property
     def backward(self) -> Problem:
         """All gradients of the layer."""
-        return Problem(f"{self.name} backward", DeformConv2dGradSpec.of(self.spec), self.extents, self.source)
+        return replace(self, name=f"{self.name} backward", spec=DeformConv2dGradSpec.of(self.spec))
 
     @property
     def forward(self) -> Problem:
         """The layer, of its gradients too."""
         if not isinstance(self.spec, DeformConv2dGradSpec):
             return self
-        return Problem(self.name.removesuffix(" backward"), self.spec.layer, self.extents, self.source)
+        return replace(self, name=self.name.removesuffix(" backward"), spec=self.spec.layer)
 
 
 OPERATORS = ("deform_conv2d", "deform_conv2d_grad", "all")
@@ -334,7 +346,8 @@ def load_problem_file(path: str | Path) -> list[Problem]:
     ----------
     path : str or Path
         ``.json``: a list, or an object with the list as ``problems``. ``.toml``: an array ``problems``.
-        Each item is a text for :func:`parse_problem`, or a table of ``name`` and ``problem`` (such a text).
+        Each item is a text for :func:`parse_problem`, or a table of ``problem`` (such a text) and, if wanted,
+        ``name`` and ``count`` (how often a model calls it).
 
     Raises
     ------
@@ -359,13 +372,16 @@ def load_problem_file(path: str | Path) -> list[Problem]:
         entry = {"problem": item} if isinstance(item, str) else item
         if (
             not isinstance(entry, Mapping)
-            or not {"problem"} <= set(entry) <= {"problem", "name"}
-            or not all(isinstance(value, str) for value in entry.values())
+            or not {"problem"} <= set(entry) <= {"problem", "name", "count"}
+            or not all(isinstance(entry.get(name, ""), str) for name in ("problem", "name"))
         ):
-            raise SpecError(f"{path}, item {index}: expected a text or {{'name', 'problem'}}, got {shown(item)}.")
+            raise SpecError(
+                f"{path}, item {index}: expected a text or {{'name', 'problem', 'count'}}, got {shown(item)}."
+            )
         problem = parse_problem(entry["problem"])
         name, source = entry.get("name", problem.name), f"{path.name}, item {index}"
-        problems.append(Problem(name, problem.spec, problem.extents, source))
+        count = check_int(f"{path}, item {index}: count", entry.get("count", 1), 1)
+        problems.append(Problem(name, problem.spec, problem.extents, source, count))
     return problems
 
 

@@ -129,6 +129,8 @@ class DesignSpace:
         ``apply(sch, spec, target, variant, choices)`` schedules the function named as the operator.
     naive : callable
         ``naive(sch, spec)``: the plainest correct schedule, for comparison.
+    finish : callable, optional
+        ``finish(function)`` is the scheduled function as it is compiled, with what is no move of a schedule.
     """
 
     operator: str
@@ -136,6 +138,7 @@ class DesignSpace:
     variants: Callable[[Any, TargetInfo], list[str]]
     apply: Apply
     naive: Callable[[Any, Any], None]
+    finish: Callable[[Any], Any] | None = None
 
     def schedule(self, sch: Any, spec: Any, target: TargetInfo, decisions: Decisions | None = None) -> Decisions:
         """Schedule with `decisions`, or with the space's own defaults, and return what was decided.
@@ -150,12 +153,17 @@ class DesignSpace:
 
 
 def design_space(
-    operator: str, kind: str, *, variants: Callable[[Any, TargetInfo], list[str]], naive: Callable[[Any, Any], None]
+    operator: str,
+    kind: str,
+    *,
+    variants: Callable[[Any, TargetInfo], list[str]],
+    naive: Callable[[Any, Any], None],
+    finish: Callable[[Any], Any] | None = None,
 ) -> Callable[[Apply], Apply]:
     """Register the decorated function as the design space of an operator on a kind of target."""
 
     def register(apply: Apply) -> Apply:
-        _SPACES[operator, kind] = DesignSpace(operator, kind, variants, apply, naive)
+        _SPACES[operator, kind] = DesignSpace(operator, kind, variants, apply, naive, finish)
         return apply
 
     return register

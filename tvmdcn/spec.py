@@ -61,6 +61,9 @@ class DeformConv2dSpec:
         float16, bfloat16, float32 or float64, of all tensors.
     layout : str
         NCHW or NHWC, the memory order of input, offset, mask and output.
+    tf32 : bool
+        Whether the products of float32 may be made of factors rounded to tf32 (10 bits of mantissa), on a GPU's tensor
+        cores. Sums are float32 either way.
 
     Raises
     ------
@@ -81,6 +84,7 @@ class DeformConv2dSpec:
     mask: bool = True
     dtype: str = "float32"
     layout: str = "NCHW"
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         """Bring every field to its normal form and check it."""
@@ -94,6 +98,9 @@ class DeformConv2dSpec:
         normal["mask"] = check_flag("mask", self.mask)
         normal["dtype"] = check_dtype(self.dtype)
         normal["layout"] = check_layout(self.layout)
+        normal["tf32"] = check_flag("tf32", self.tf32)
+        if normal["tf32"] and normal["dtype"] != "float32":
+            raise SpecError(f"tf32 is a way to multiply float32, got tf32=True and dtype={normal['dtype']!r}.")
         for name, value in normal.items():
             object.__setattr__(self, name, value)
         for parts, channels in (("groups", "in"), ("groups", "out"), ("offset_groups", "in")):
@@ -133,7 +140,7 @@ class DeformConv2dSpec:
                 f"g{self.groups}",
                 f"og{self.offset_groups}",
                 "m" if self.mask else "nomask",
-                _SHORT_DTYPES[self.dtype],
+                "tf32" if self.tf32 else _SHORT_DTYPES[self.dtype],
                 self.layout.lower(),
             )
         )

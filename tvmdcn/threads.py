@@ -8,11 +8,14 @@ should. The caller is one of the workers.
 
 Workers do not survive a fork. In a child that was forked by a thread with a pool, calls from that thread run
 in it alone; new threads make pools of their own. Such a child must leave by ``os._exit``, as those of
-:mod:`multiprocessing` do: TVM joins its workers when a process ends normally, and they are not there.
+:mod:`multiprocessing` do: TVM destroys its pool when a process ends normally, and mostly waits for ever for workers
+that are not there. A child that ends normally all the same is told so, and does not hang: it is killed by SIGALRM.
 """
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import functools
 import logging
 import math
@@ -39,6 +42,7 @@ _SHARE_PROCESSORS = -3
 # default, 300000, is 0.15 s of a processor after every call: beside our kernel, three torch convolutions on 2
 # threads took 3 ms in the median but 35 to 90 ms in one of ten; with 2000 (1 ms), 6 to 14 ms (Zen 5, 2
 # processors, 2026-11).
+_END_SECONDS = 2  # until a forked process that waits for the workers of its parent is killed
 _SPIN_VARIABLE, _SPIN_COUNT = "TVM_THREAD_POOL_SPIN_COUNT", "2000"
 
 
@@ -55,8 +59,28 @@ _local = _Local()
 
 
 def _after_fork_in_child() -> None:
-    _local.dead = _local.pool > 0
     _local.used = 0
+    if _local.pool and not _local.dead:
+        _local.dead = True
+        atexit.register(_explain_end, os.getpid())
+        # TVM's pool is destroyed by the destructors of this thread, the last registered first. A signal is an end that
+        # nobody takes for success: which status was meant, nothing tells us here.
+        libc = ctypes.CDLL(None)
+        register = getattr(libc, "__cxa_thread_atexit_impl", None)
+        if register is not None:
+            register(libc.alarm, ctypes.c_void_p(_END_SECONDS), None)
+
+
+def _explain_end(process: int) -> None:
+    """Say how a process will end that inherited a pool without its workers."""
+    if os.getpid() == process:
+        _log.warning(
+            "this process was forked by a thread that had used several threads for a kernel, and ends normally: TVM "
+            "waits for workers that stayed in the parent, and SIGALRM ends that in %d s. End it with os._exit(), as "
+            "multiprocessing does, use the start method 'spawn', or call kernels in other threads than the one that "
+            "forks.",
+            _END_SECONDS,
+        )
 
 
 @functools.lru_cache(maxsize=1)

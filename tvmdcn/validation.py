@@ -26,6 +26,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def plain(text: str) -> str:
+    """Return a word as it is, if it is one that a message can bear, else as :func:`shown` does."""
+    return text if text.isprintable() and 0 < len(text) <= 80 else shown(text)
+
+
 def check_int(name: str, value: Any, minimum: int, within: Any = None) -> int:
     """Return `value` as a plain int in [minimum, 2**31 - 1]; `within` is the argument it is part of."""
     whole = value if within is None else within
@@ -105,7 +110,7 @@ def check_dtype(dtype: Any) -> str:
     for argument, name in names.items():
         if name not in DTYPES:
             raise SpecTypeError(
-                f"dtype {name} of {argument} is not supported: use one of {', '.join(DTYPES)}, "
+                f"dtype {plain(name)} of {argument} is not supported: use one of {', '.join(DTYPES)}, "
                 "for example by converting to float32."
             )
     (first, wanted), *others = names.items()

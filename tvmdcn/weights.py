@@ -7,8 +7,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from tvmdcn.arrays import NumpyArrays, TorchArrays
 
 __all__ = ["CachedWeight", "PackedWeight"]
@@ -21,18 +19,20 @@ class PackedWeight:
 
     Parameters
     ----------
-    data : numpy.ndarray
-        The packed values.
+    data : numpy.ndarray or torch.Tensor
+        The packed values; for a GPU a tensor there, its bits as integers of 32 bits where the kernel reads such.
     kernel : str
         Name of the artifact it was packed for.
+    pointer : int, optional
+        The address of the values; by default that of a NumPy array.
     """
 
     __slots__ = ("data", "kernel", "pointer")
 
-    def __init__(self, data: np.ndarray, kernel: str) -> None:
+    def __init__(self, data: Any, kernel: str, pointer: int | None = None) -> None:
         self.data = data
         self.kernel = kernel
-        self.pointer = NumpyArrays.pointer(data)
+        self.pointer = NumpyArrays.pointer(data) if pointer is None else pointer
 
     def __repr__(self) -> str:
         """Return a description without the values."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What rows say when set beside each other: per problem the ratios, over the problems their geometric means.
 
-Only rows of one machine, one number of threads and one direction are compared; with one exception, our backward
-in units of our own forward. Both the terminal's table and the report show what is computed here.
+Only rows of one machine, device, direction, number of threads, state of the caches, dtype and layout are compared; with
+one exception, our backward in units of our own forward. Both the terminal's table and the report show what is computed
+here.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from tvmdcn.bench.measurement import DIRECTIONS, Measurement
+from tvmdcn.bench.lines import Line, Verdict, ratio_of, verdicts_of
+from tvmdcn.bench.measurement import CACHES, DIRECTIONS, Measurement
 from tvmdcn.spec import DeformConv2dSpec, Extents
 
 __all__ = [
-    "Aim",
     "GeometricMean",
     "Line",
+    "Place",
     "Section",
+    "Sweep",
     "Verdict",
     "geometric_mean",
     "organize",
@@ -64,148 +67,61 @@ def geometric_mean(ratios: Sequence[float | None]) -> GeometricMean | None:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One problem of a section: its rows by provider, and the ratios.
+class Sweep:
+    """One layer at several sizes.
 
-    `forward` are, of gradients, the rows of the layer itself.
+    Parameters
+    ----------
+    problem, spec
+        The layer, or its gradients.
+    axes : sequence of str
+        What was varied, of :data:`tvmdcn.bench.measurement.SWEEPS`.
+    extents : sequence of Extents
+        The sizes, by batch, then by pixels.
+    rows : mapping of str to sequence of Measurement or None
+        By provider, in the order of the sizes; None where there is no row.
     """
 
     problem: str
     spec: DeformConv2dSpec
-    extents: Extents
-    rows: Mapping[str, Measurement]
-    subject: str | None
-    forward: Mapping[str, Measurement] = field(default_factory=dict)
+    axes: Sequence[str]
+    extents: Sequence[Extents]
+    rows: Mapping[str, Sequence[Measurement | None]]
 
-    @property
-    def title(self) -> str:
-        """The layer's name, with the direction if it is backward."""
-        return next(iter(self.rows.values())).title
-
-    def _fastest(self, role: str) -> Measurement | None:
-        usable = [row for row in self.rows.values() if row.role == role and row.median_ms is not None]
-        return min(usable, key=lambda row: row.median_ms or 0.0, default=None)
-
-    @property
-    def ours(self) -> Measurement | None:
-        """The row that stands for us, unless it failed."""
-        row = self.rows.get(self.subject or "")
-        return row if row is not None and row.median_ms is not None else None
-
-    @property
-    def fastest_peer(self) -> Measurement | None:
-        """The fastest of those that compute the same."""
-        return self._fastest("peer")
-
-    @property
-    def floor(self) -> Measurement | None:
-        """The faster of the plain convolutions."""
-        return self._fastest("floor")
-
-    @property
-    def speedup(self) -> float | None:
-        """How many times as fast as the fastest peer we are."""
-        return _ratio(self.fastest_peer, self.ours)
-
-    @property
-    def cost(self) -> float | None:
-        """Our time in units of the plain convolution's."""
-        return _ratio(self.ours, self.floor)
-
-    @property
-    def growth(self) -> float | None:
-        """Our time in units of our own forward's; of gradients only."""
-        return _ratio(self.ours, self.forward.get(self.subject or ""))
-
-    def against(self, provider: str) -> float | None:
-        """Return a provider's time in units of ours."""
-        return _ratio(self.rows.get(provider), self.ours)
-
-    @property
-    def gflops(self) -> float | None:
-        """Our billions of operations per second, sampling not counted."""
-        ours = self.ours
-        return None if ours is None or not ours.median_ms else ours.operations / ours.median_ms / 1e6
+    def artifacts(self, provider: str) -> list[str]:
+        """Return the artifacts that a provider's rows came from: one, where one kernel served all sizes."""
+        return list(dict.fromkeys(row.artifact for row in self.rows[provider] if row and row.artifact))
 
 
-def _ratio(above: Measurement | None, below: Measurement | None) -> float | None:
-    if above is None or below is None or above.median_ms is None or not below.median_ms:
-        return None
-    return above.median_ms / below.median_ms
+class Place(NamedTuple):
+    """What the rows of a section have in common."""
 
+    machine: str
+    device: str
+    direction: str
+    threads: int
+    cache: str
+    dtype: str
+    layout: str
 
-@dataclass(frozen=True)
-class Aim:
-    """A ratio to stay below, or to reach, on some of the layers."""
-
-    text: str
-    limit: float
-    ratio: Callable[[Line], float | None]
-    layers: Callable[[DeformConv2dSpec], bool]
-    at_least: bool = False
-
-    def met_by(self, ratio: float) -> bool:
-        """Whether a ratio is as good as the limit."""
-        return ratio >= self.limit if self.at_least else ratio <= self.limit
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """An aim, and the ratio of each layer it is for."""
-
-    aim: Aim
-    ratios: Sequence[tuple[Line, float]]
-
-    @property
-    def misses(self) -> list[tuple[Line, float]]:
-        """The layers that fall short."""
-        return [(line, ratio) for line, ratio in self.ratios if not self.aim.met_by(ratio)]
-
-    @property
-    def worst(self) -> float:
-        """The ratio farthest from the aim, or nearest to missing it."""
-        ratios = [ratio for _, ratio in self.ratios]
-        return min(ratios) if self.aim.at_least else max(ratios)
-
-
-_AIMS = {
-    "forward": (),
-    "backward": (
-        Aim(
-            "at most 2.2\u00d7 our own forward, on layers with one offset group",
-            2.2,
-            lambda line: line.growth,
-            lambda spec: spec.offset_groups == 1,
-        ),
-        Aim(
-            "at most 1.5\u00d7 a plain convolution's backward, on layers with one offset group and one group",
-            1.5,
-            lambda line: line.cost,
-            lambda spec: spec.offset_groups == spec.groups == 1,
-        ),
-        Aim(
-            "at least 8\u00d7 as fast as torchvision's backward",
-            8.0,
-            lambda line: line.against("torchvision"),
-            lambda spec: True,
-            at_least=True,
-        ),
-    ),
-}
+    @classmethod
+    def of(cls, row: Measurement) -> Place:
+        """Return the place of a row."""
+        spec = row.spec
+        return cls(_frozen(row.machine), row.device, row.direction, row.threads, row.cache, spec.dtype, spec.layout)
 
 
 @dataclass(frozen=True)
 class Section:
-    """The rows of one machine at one number of threads and in one direction.
+    """The rows of one machine and device, in one direction, at one number of threads, cache, dtype and layout.
 
     `subject` is the provider that stands for us, the best kind of schedule that was measured; `versions` are
     those that most rows have; `extra` are rows of other measures than calls; `superseded` counts rows that a
-    later one of the same kind replaced.
+    later one of the same kind replaced. `sweeps` are layers at several sizes, and in no line.
     """
 
     machine: Mapping[str, Any]
-    threads: int
-    direction: str
+    place: Place
     providers: Sequence[str]
     roles: Mapping[str, str]
     subject: str | None
@@ -213,6 +129,54 @@ class Section:
     versions: Mapping[str, str]
     extra: Sequence[Measurement] = field(default=())
     superseded: int = 0
+    sweeps: Sequence[Sweep] = field(default=())
+
+    @property
+    def device(self) -> str:
+        """What computed."""
+        return self.place.device
+
+    @property
+    def direction(self) -> str:
+        """One of :data:`tvmdcn.bench.measurement.DIRECTIONS`."""
+        return self.place.direction
+
+    @property
+    def threads(self) -> int:
+        """The number of threads."""
+        return self.place.threads
+
+    @property
+    def cache(self) -> str:
+        """One of :data:`tvmdcn.bench.measurement.CACHES`."""
+        return self.place.cache
+
+    @property
+    def dtype(self) -> str:
+        """What the tensors hold."""
+        return self.place.dtype
+
+    @property
+    def layout(self) -> str:
+        """The order of the tensors."""
+        return self.place.layout
+
+    @property
+    def title(self) -> str:
+        """The direction, the threads, and what is not usual: "backward, 2 threads, cold caches, float16"."""
+        parts = [self.direction, "1 thread" if self.threads == 1 else f"{self.threads} threads"]
+        parts += [self.device] if self.device != "cpu" else []
+        parts += ["cold caches"] if self.cache == "cold" else []
+        parts += [self.dtype] if self.dtype != "float32" else []
+        parts += [self.layout] if self.layout != "NCHW" else []
+        return ", ".join(parts)
+
+    @property
+    def unsteady(self) -> list[Measurement]:
+        """The rows whose times are not to be trusted."""
+        rows = [row for line in self.lines for row in line.rows.values()]
+        rows += [row for sweep in self.sweeps for found in sweep.rows.values() for row in found if row is not None]
+        return [row for row in (*rows, *self.extra) if row.noisy]
 
     @property
     def speedup(self) -> GeometricMean | None:
@@ -232,12 +196,7 @@ class Section:
     @property
     def verdicts(self) -> list[Verdict]:
         """The aims that something was measured for."""
-        found = []
-        for aim in _AIMS[self.direction]:
-            ratios = [(line, aim.ratio(line)) for line in self.lines if aim.layers(line.spec)]
-            known = [(line, ratio) for line, ratio in ratios if ratio is not None]
-            found += [Verdict(aim, known)] if known else []
-        return found
+        return verdicts_of(self.direction, self.lines)
 
     def against(self, provider: str) -> GeometricMean | None:
         """Over the problems, the time of a provider in units of ours."""
@@ -265,25 +224,34 @@ def _frozen(value: Any) -> str:
 
 
 def organize(rows: Iterable[Measurement]) -> list[Section]:
-    """Set rows beside each other, one section per machine, direction and number of threads.
+    """Set rows beside each other, one section per place.
 
-    The machine with the most rows comes first. Where a problem was measured more than once with a provider,
-    the row with the latest date is used.
+    The machine with the most rows comes first; then forward before backward, warm before cold, fewer threads before
+    more. Where a problem was measured more than once with a provider, the row with the latest date is used.
     """
-    by_place: dict[tuple[str, str, int], list[Measurement]] = {}
+    by_place: dict[Place, list[Measurement]] = {}
     for row in rows:
-        by_place.setdefault((_frozen(row.machine), row.direction, row.threads), []).append(row)
-    size = Counter({machine: 0 for machine, _, _ in by_place})
-    for (machine, _, _), found in by_place.items():
-        size[machine] += len(found)
-    order = sorted(by_place, key=lambda at: (-size[at[0]], at[0], DIRECTIONS.index(at[1]), at[2]))
-    return [_section(by_place[at], by_place.get((at[0], "forward", at[2]), [])) for at in order]
+        by_place.setdefault(Place.of(row), []).append(row)
+    size: Counter[str] = Counter()
+    for place, found in by_place.items():
+        size[place.machine] += len(found)
+    dtypes = list(dict.fromkeys(place.dtype for place in by_place))
+
+    def rank(place: Place) -> tuple[Any, ...]:
+        usual = place.layout != "NCHW", place.dtype != "float32", dtypes.index(place.dtype)
+        moment = DIRECTIONS.index(place.direction), CACHES.index(place.cache), place.threads
+        return -size[place.machine], place.machine, place.device, *usual, *moment
+
+    return [
+        _section(place, by_place[place], by_place.get(place._replace(direction="forward"), []))
+        for place in sorted(by_place, key=rank)
+    ]
 
 
 def _latest(rows: Iterable[Measurement]) -> list[Measurement]:
     latest: dict[tuple[Any, ...], Measurement] = {}
     for row in rows:
-        key = (row.measure, row.problem, row.spec, row.extents, row.provider)
+        key = (row.measure, row.problem, row.spec, row.extents, row.provider, row.sweep)
         if key not in latest or _moment(row) >= _moment(latest[key]):
             latest[key] = row
     return list(latest.values())
@@ -292,14 +260,31 @@ def _latest(rows: Iterable[Measurement]) -> list[Measurement]:
 def _by_problem(rows: Iterable[Measurement]) -> dict[tuple[str, DeformConv2dSpec, Extents], dict[str, Measurement]]:
     by_problem: dict[tuple[str, DeformConv2dSpec, Extents], dict[str, Measurement]] = {}
     for row in rows:
-        if row.measure == "call":
+        if row.measure == "call" and not row.sweep:
             by_problem.setdefault((row.problem, row.spec, row.extents), {})[row.provider] = row
     return by_problem
 
 
-def _section(rows: list[Measurement], forward_rows: list[Measurement]) -> Section:
+def _sweeps(rows: Iterable[Measurement]) -> list[Sweep]:
+    found: dict[tuple[str, DeformConv2dSpec, tuple[str, ...]], list[Measurement]] = {}
+    for row in rows:
+        if row.measure == "call" and row.sweep:
+            found.setdefault((row.problem, row.spec, row.sweep), []).append(row)
+    sweeps = []
+    for (problem, spec, axes), of_layer in found.items():
+        by_size: dict[Extents, dict[str, Measurement]] = {}
+        for row in of_layer:
+            by_size.setdefault(row.extents, {})[row.provider] = row
+        sizes = sorted(by_size, key=lambda e: (e.batch, e.height * e.width, e.height))
+        providers = dict.fromkeys(row.provider for row in of_layer)
+        table = {name: [by_size[extents].get(name) for extents in sizes] for name in providers}
+        sweeps.append(Sweep(problem, spec, axes, sizes, table))
+    return sweeps
+
+
+def _section(place: Place, rows: list[Measurement], forward_rows: list[Measurement]) -> Section:
     used = _latest(rows)
-    calls = [row for row in used if row.measure == "call"]
+    calls = [row for row in used if row.measure == "call" and not row.sweep]
     providers = list(dict.fromkeys(row.provider for row in calls))
     roles = {row.provider: row.role for row in calls}
     providers.sort(
@@ -311,13 +296,11 @@ def _section(rows: list[Measurement], forward_rows: list[Measurement]) -> Sectio
     timed = {row.provider for row in calls if row.status == "ok"}
     ours = [name for name in providers if roles[name] == "ours"]
     subject = next((name for name in ours if name in timed), ours[0] if ours else None)
-    direction = rows[0].direction
-    forward = {} if direction == "forward" else _by_problem(_latest(forward_rows))
+    forward = {} if place.direction == "forward" else _by_problem(_latest(forward_rows))
     versions = Counter(_frozen(row.versions) for row in used).most_common(1)[0][0]
     return Section(
         machine=rows[0].machine,
-        threads=rows[0].threads,
-        direction=direction,
+        place=place,
         providers=providers,
         roles=roles,
         subject=subject,
@@ -328,6 +311,7 @@ def _section(rows: list[Measurement], forward_rows: list[Measurement]) -> Sectio
         versions=json.loads(versions),
         extra=[row for row in used if row.measure != "call"],
         superseded=len(rows) - len(used),
+        sweeps=_sweeps(used),
     )
 
 
@@ -342,17 +326,17 @@ def _moment(row: Measurement) -> float:
 def thread_gains(sections: Sequence[Section]) -> list[tuple[Line, dict[int, float]]]:
     """Return, per problem, how many times as fast we are with more threads than with the fewest.
 
-    Of the first machine only; forward, then backward.
+    Of the first section's machine, device, cache, dtype and layout only; forward, then backward.
     """
     gains = []
     for direction in DIRECTIONS:
-        same = [s for s in sections if s.machine == sections[0].machine and s.direction == direction]
+        same = [s for s in sections if s.place == sections[0].place._replace(direction=direction, threads=s.threads)]
         for line in same[0].lines if same else ():
             gain = {}
             for section in same[1:]:
                 for other in section.lines:
                     if (other.problem, other.spec, other.extents) == (line.problem, line.spec, line.extents):
-                        ratio = _ratio(line.ours, other.ours) if line.subject == other.subject else None
+                        ratio = ratio_of(line.ours, other.ours) if line.subject == other.subject else None
                         if ratio is not None:
                             gain[section.threads] = ratio
             if gain:

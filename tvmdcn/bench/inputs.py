@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from tvmdcn.bench.providers import BackwardTensors
+from tvmdcn.bench.provider import BackwardTensors
 from tvmdcn.bench.worker import save_tensors
-from tvmdcn.problems import REAL_LAYERS, Problem, real_layer
+from tvmdcn.problems import PROBLEMS, REAL_LAYERS, Problem, real_layer
 from tvmdcn.reference import expected_output
 from tvmdcn.reference_grad import expected_gradients
-from tvmdcn.spec import DeformConv2dGradSpec
-from tvmdcn.tensors import make_gradient_tensors, make_tensors
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec
+from tvmdcn.tensors import Tensors, make_gradient_tensors, make_tensors, numpy_dtype
 
 __all__ = ["TOLERANCES", "Expected", "Inputs", "relative_error"]
 
@@ -81,6 +82,18 @@ class Expected:
             found = np.where(self.jumps, exact, found)
         return relative_error(found, exact)
 
+    def save(self, path: Path) -> None:
+        """Write the results to a file."""
+        arrays: dict[str, Any] = {**self.results} if self.jumps is None else {**self.results, "jumps": self.jumps}
+        np.savez(path, **arrays)
+
+    @classmethod
+    def read(cls, path: Path) -> Expected:
+        """Read what :meth:`save` wrote."""
+        with np.load(path, allow_pickle=False) as data:
+            arrays = dict(data)
+        return cls({name: array for name, array in arrays.items() if name != "jumps"}, arrays.get("jumps"))
+
 
 class Inputs:
     """The tensors of the problems of one comparison, made once and written to files.
@@ -97,7 +110,7 @@ class Inputs:
 
     def __init__(self, folder: Path, seed: int, real_layers: Path | None) -> None:
         self._folder, self._seed, self._real_layers = folder, seed, real_layers
-        self._made: dict[Problem, tuple[Path, Expected]] = {}
+        self._made: dict[Problem, Path] = {}
 
     def of(self, problem: Problem) -> tuple[Path, Expected]:
         """Return the folder of a problem's tensors, and its exact results.
@@ -112,19 +125,40 @@ class Inputs:
             folder = self._folder / str(len(self._made))
             folder.mkdir()
             save_tensors(folder, BackwardTensors(**{**dict.fromkeys(("mask", "bias", "grad_output")), **tensors}))
-            self._made[problem] = folder, _expect(problem, tensors)
-        return self._made[problem]
+            _expect(problem, tensors).save(folder / "expected.npz")
+            self._made[problem] = folder
+        # The results of a sweep's larger images would fill the memory.
+        return self._made[problem], Expected.read(self._made[problem] / "expected.npz")
+
+    def kind_of(self, problem: Problem) -> str:
+        """Return whether a problem's tensors are ``real`` or ``made`` up: a real layer's are of one size."""
+        named = PROBLEMS.get(problem.forward.name)
+        if self._real_layers is None or problem.forward.name not in REAL_LAYERS or named is None:
+            return "made"
+        same = dataclasses.replace(problem.forward.spec, dtype=named.spec.dtype, layout=named.spec.layout)
+        return "real" if (same, problem.extents) == (named.spec, named.extents) else "made"
 
     def _tensors(self, problem: Problem) -> dict[str, Any]:
         layer, backward = problem.forward, isinstance(problem.spec, DeformConv2dGradSpec)
-        if self._real_layers is not None and layer.name in REAL_LAYERS:
-            tensors = vars(real_layer(layer.name, self._real_layers)[0])
+        if self.kind_of(problem) == "real":
+            assert self._real_layers is not None
+            tensors = _converted(real_layer(layer.name, self._real_layers)[0], layer.spec)
         else:
             tensors = vars(make_tensors(layer.spec, layer.extents, self._seed))
         if backward:
             drawn = make_gradient_tensors(problem.spec, problem.extents, self._seed)
             tensors = {**tensors, "grad_output": drawn["grad_output"]}
         return {name: array for name, array in tensors.items() if array is not None}
+
+
+def _converted(tensors: Tensors, spec: DeformConv2dSpec) -> dict[str, Any]:
+    """Return NCHW tensors in the dtype and the layout of a specification."""
+    arrays = {}
+    for name, array in vars(tensors).items():
+        moved = array is not None and spec.layout == "NHWC" and name in ("input", "offset", "mask")
+        ordered = array.transpose(0, 2, 3, 1) if moved else array
+        arrays[name] = None if ordered is None else np.ascontiguousarray(ordered, numpy_dtype(spec.dtype))
+    return arrays
 
 
 def _expect(problem: Problem, tensors: Mapping[str, np.ndarray]) -> Expected:

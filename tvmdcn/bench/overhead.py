@@ -13,10 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from tvmdcn.bench.measurement import Measurement, percentile
-from tvmdcn.bench.protocol import Protocol, compare, describe_run
-from tvmdcn.bench.providers import Prepared, Provider, from_nchw
+from tvmdcn.bench.machine import choose_processors, held_to
+from tvmdcn.bench.measurement import Measurement
+from tvmdcn.bench.protocol import compare, describe_run
+from tvmdcn.bench.provider import Prepared, Provider, from_nchw
 from tvmdcn.bench.providers_backward import named_results, torch_tensors
+from tvmdcn.bench.resume import Known
+from tvmdcn.bench.statistics import summarize
+from tvmdcn.bench.turns import Protocol
 from tvmdcn.bench.worker import save_tensors
 from tvmdcn.problems import PROBLEMS, Problem, make_tensors, parse_problem
 from tvmdcn.spec import DeformConv2dSpec, Extents
@@ -82,6 +86,9 @@ def measure_overhead(
     processes: int = 5,
     protocol: Protocol | None = None,
     command: str | None = None,
+    run: str | None = None,
+    known: Sequence[Measurement] = (),
+    on_known: Callable[[Measurement], object] = lambda row: None,
     on_row: Callable[[Measurement], object] | None = None,
     on_step: Callable[[str], object] | None = None,
 ) -> list[Measurement]:
@@ -97,7 +104,7 @@ def measure_overhead(
         Whose first result is timed. Its artifact is built before, untimed.
     processes : int
         How many new processes the median is over.
-    protocol, command, on_row, on_step
+    protocol, command, run, known, on_known, on_row, on_step
         As of :func:`tvmdcn.bench.protocol.compare`.
 
     Returns
@@ -105,7 +112,8 @@ def measure_overhead(
     list of Measurement
         Fourteen per number of threads; failed ones with the reason.
     """
-    options: dict[str, Any] = {"command": command, "on_row": on_row, "on_step": on_step}
+    options: dict[str, Any] = {"command": command, "run": run, "on_row": on_row, "on_step": on_step}
+    options |= {"known": known, "on_known": on_known}
     rows = compare([TINY, TINY.backward], threads, _providers(schedule), protocol=protocol, **options)
     return rows + measure_first_result(threads, schedule=schedule, problem=problem, processes=processes, **options)
 
@@ -117,6 +125,9 @@ def measure_first_result(
     problem: Problem = PROBLEMS["r50_c4"],
     processes: int = 5,
     command: str | None = None,
+    run: str | None = None,
+    known: Sequence[Measurement] = (),
+    on_known: Callable[[Measurement], object] = lambda row: None,
     on_row: Callable[[Measurement], object] | None = None,
     on_step: Callable[[str], object] | None = None,
 ) -> list[Measurement]:
@@ -124,7 +135,7 @@ def measure_first_result(
 
     Parameters
     ----------
-    threads, schedule, problem, processes, command, on_row, on_step
+    threads, schedule, problem, processes, command, run, known, on_known, on_row, on_step
         As of :func:`measure_overhead`.
 
     Returns
@@ -133,9 +144,13 @@ def measure_first_result(
         One per number of threads; a failed one with the reason.
     """
     provider = Provider(f"ours-{schedule}", "ours", None, schedule=schedule, measure="first_result")
-    describe = describe_run(command)
+    describe, before = describe_run(command, run), Known(known)
     rows = []
     for count in threads:
+        row = before.of(provider, problem, count)
+        if row is not None:
+            on_known(row)
+            continue
         if on_step is not None:
             on_step(f"first result of {processes} new processes, {count} threads")
         rows.append(_first_result(problem, provider, count, processes, describe))
@@ -289,19 +304,21 @@ def _first_result(
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         "TVMDCN_NUM_THREADS": str(threads),
     }
+    processors = choose_processors(threads)
     times = []
     with tempfile.TemporaryDirectory(prefix="tvmdcn-bench-") as folder:
         save_tensors(Path(folder), make_tensors(problem.spec, problem.extents))
         code = _FIRST_RESULT.format(spec=problem.spec.to_json(), schedule=provider.schedule, folder=folder)
         for index in range(processes + 1):
             try:
-                done = subprocess.run(
-                    [sys.executable, "-c", code],
-                    env=environment,
-                    capture_output=True,
-                    text=True,
-                    timeout=Protocol().prepare_timeout,
-                )
+                with held_to(processors):
+                    done = subprocess.run(
+                        [sys.executable, "-c", code],
+                        env=environment,
+                        capture_output=True,
+                        text=True,
+                        timeout=Protocol().prepare_timeout,
+                    )
             except subprocess.TimeoutExpired as error:
                 reason = f"no result within {error.timeout:g} s"
                 return describe(problem, provider, threads, status="failed", reason=reason)
@@ -314,9 +331,6 @@ def _first_result(
         problem,
         provider,
         threads,
-        median_ms=percentile(times, 0.5),
-        min_ms=min(times),
-        p10=percentile(times, 0.1),
-        p90=percentile(times, 0.9),
-        runs=len(times),
+        affinity=processors and tuple(processors),
+        **summarize([[time] for time in times]),
     )

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A provider's process seen from the parent: started with its threads set, stopped while another measures.
+"""A provider's process seen from the parent: started on its processors, stopped while another measures.
 
 In one process the spinning thread pools of ONNX Runtime, OpenMP and TVM take each other's processors, and
 figures for more than one thread become worthless. Even idle processes of their own spin for a while after a
-call. So a worker is held by SIGSTOP except while it answers a request.
+call. So a worker is held by SIGSTOP except while it answers a request. All workers of one number of threads are held
+to the same processors, as many as threads (:func:`tvmdcn.bench.machine.choose_processors`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tvmdcn.bench.providers import Provider
+from tvmdcn.bench.machine import choose_processors, held_to
+from tvmdcn.bench.provider import Provider
 from tvmdcn.errors import TvmdcnError
 
 __all__ = ["Worker", "WorkerError"]
@@ -80,16 +82,18 @@ class Worker:
             source,
             provider.schedule or "",
             count,
+            provider.device,
         )
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=environment,
-            bufsize=0,
-            start_new_session=True,  # an interrupt at the terminal is the parent's to handle
-        )
+        with held_to(choose_processors(threads)):
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env=environment,
+                bufsize=0,
+                start_new_session=True,  # an interrupt at the terminal is the parent's to handle
+            )
         self._stopped = False
         self._pending = b""
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare our kernels with the peers: the measurement protocol.
 
-Every provider runs in a process of its own with its number of threads set (:mod:`tvmdcn.bench.process`). The
-processes take turns, one measuring while the others are stopped; a turn is a short burst of calls after a
-warm-up; the order is rotated and reversed from round to round, so that a slow moment of the machine falls on
-all alike. The row holds the median over all rounds. Each output is first compared with the float64 reference:
-a wrong result is a failed row, and so is anything else that goes wrong, with its reason.
+Every provider runs in a process of its own, held to as many processors as it has threads, the same ones for all
+(:mod:`tvmdcn.bench.process`). The processes take turns, one measuring while the others are stopped; a turn is a short
+burst of calls after a warm-up; the order is rotated and reversed from round to round, so that a slow moment of the
+machine falls on all alike (:mod:`tvmdcn.bench.turns`). The row holds the median over all rounds. Each output is first
+compared with the float64 reference: a wrong result is a failed row, and so is anything else that goes wrong, with its
+reason.
 
 A layer and its gradients are measured in the same rounds, so that what the backward takes in units of the forward
-rests on the same moments.
+rests on the same moments; and so are calls with warm and with cold caches (:mod:`tvmdcn.bench.device`).
 """
 
 from __future__ import annotations
@@ -16,109 +17,60 @@ from __future__ import annotations
 import datetime
 import logging
 import math
+import secrets
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tvmdcn.bench.inputs import TOLERANCES, Inputs
-from tvmdcn.bench.measurement import Measurement, direction_of, identify_machine, identify_versions, percentile
+from tvmdcn.bench.machine import identify_commit, identify_machine, identify_versions
+from tvmdcn.bench.measurement import CACHES, Measurement, direction_of
 from tvmdcn.bench.process import Worker, WorkerError
-from tvmdcn.bench.providers import Provider, default_providers
+from tvmdcn.bench.provider import Provider
+from tvmdcn.bench.providers import default_providers
+from tvmdcn.bench.resume import Known
+from tvmdcn.bench.statistics import summarize
+from tvmdcn.bench.turns import Protocol, Table, Turns, take_turns
 from tvmdcn.errors import TvmdcnError
 from tvmdcn.problems import Problem
 
-__all__ = ["Measurement", "Protocol", "compare", "describe_run", "turn_order"]
+__all__ = ["Measurement", "Protocol", "compare", "describe_origin", "describe_run", "new_run"]
 
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
+
+def new_run() -> str:
+    """Return a name for a run of a command, unlike any other's."""
+    return f"{datetime.datetime.now():%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """How long and how often is measured.
-
-    Parameters
-    ----------
-    rounds : int
-        How often each provider gets a turn per problem. A turn begins with a few calls that are not timed.
-    burst_seconds : float
-        Length of a turn.
-    min_calls : int
-        Calls of a turn, at least.
-    slow_seconds : float
-        A provider whose turns would exceed this in all, per problem, gets one call per turn and fewer turns.
-    prepare_timeout, measure_timeout : float
-        Seconds after which a process counts as hung. Preparing may build a kernel.
-    """
-
-    rounds: int = 6
-    burst_seconds: float = 0.08
-    min_calls: int = 3
-    slow_seconds: float = 6.0
-    prepare_timeout: float = 900.0
-    measure_timeout: float = 300.0
-
-    def __post_init__(self) -> None:
-        """Refuse a protocol that would measure nothing."""
-        if self.rounds < 1 or self.min_calls < 1:
-            raise ValueError(f"rounds and min_calls must be at least 1, got {self.rounds} and {self.min_calls}.")
-
-    def plan(self, call_ms: float) -> tuple[int, dict[str, Any]]:
-        """Return the number of turns for a provider of this speed, and the request of a turn."""
-        seconds = call_ms / 1e3
-        request = {
-            "do": "measure",
-            "seconds": self.burst_seconds,
-            "min_calls": self.min_calls,
-            "warmup": 0.005,
-        }
-        if seconds * (self.min_calls + 1) * self.rounds <= self.slow_seconds:
-            return self.rounds, request
-        turns = min(max(int(self.slow_seconds / seconds), 1), self.rounds)
-        return turns, {**request, "seconds": 0.0, "min_calls": 1, "warmup": None}
-
-
-def turn_order(items: Sequence[_T], index: int) -> list[_T]:
-    """Return the order of a round: rotated by one each two rounds, and reversed in every second.
-
-    Two rounds in a row give every item the same mean place.
-    """
-    shift = index // 2 % len(items) if items else 0
-    order = [*items[shift:], *items[:shift]]
-    return order[::-1] if index % 2 else order
-
-
-@dataclass
-class _Turns:
-    """What one provider still has to do for a problem, and what it has done."""
-
-    worker: Worker
-    turns: int
-    request: dict[str, Any]
-    error: float | None
-    times: list[float] = field(default_factory=list)
-
-    def due(self, index: int, rounds: int) -> bool:
-        """Whether it takes part in a round: turns are spread evenly, the first round has all."""
-        return index == 0 or (index * self.turns) // rounds != ((index - 1) * self.turns) // rounds
-
-
-def describe_run(command: str | None = None) -> Callable[..., Measurement]:
-    """Return a function (problem, provider, threads, **result) that makes rows, where and how filled in."""
-    common: dict[str, Any] = {
+def describe_origin(command: str | None = None, run: str | None = None) -> dict[str, Any]:
+    """Return what all rows of a run have in common."""
+    return {
         "machine": identify_machine(),
         "versions": identify_versions(),
+        "commit": identify_commit(),
         "command": command or shlex.join(sys.argv) or "python",
+        "run": run or new_run(),
     }
+
+
+def now() -> str:
+    """Return the date of a row."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def describe_run(command: str | None = None, run: str | None = None) -> Callable[..., Measurement]:
+    """Return a function (problem, provider, threads, **result) that makes rows, where and how filled in."""
+    common = describe_origin(command, run)
 
     def row(problem: Problem, provider: Provider, threads: int, **result: Any) -> Measurement:
         values = {
@@ -127,10 +79,11 @@ def describe_run(command: str | None = None) -> Callable[..., Measurement]:
             "extents": problem.extents,
             "provider": provider.name,
             "role": provider.role,
+            "device": provider.device,
             "schedule": provider.schedule if provider.role == "ours" else None,
             "measure": provider.measure,
             "threads": threads,
-            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "date": now(),
         }
         return Measurement(**{**values, **common, **result})
 
@@ -189,34 +142,53 @@ def _parts(problems: Mapping[str, Problem], providers: Sequence[Provider], asked
 class _Run:
     """The state of one comparison: its protocol, its inputs, and how its rows are made."""
 
-    def __init__(self, protocol: Protocol, inputs: Inputs, row: Callable[..., Measurement]) -> None:
-        self.protocol, self.inputs, self.row = protocol, inputs, row
+    def __init__(
+        self, protocol: Protocol, inputs: Inputs, row: Callable[..., Measurement], caches: Sequence[str]
+    ) -> None:
+        self.protocol, self.inputs, self.row, self.caches = protocol, inputs, row, caches
+        self.described: dict[_Part, dict[str, Any]] = {}
 
-    def prepare(self, worker: Worker, problem: Problem) -> _Turns:
+    def prepare(self, worker: Worker, part: _Part) -> list[Turns]:
         """Prepare a problem in a worker and check its result; raise WorkerError if either fails."""
+        problem = part.problem
         folder, expected = self.inputs.of(problem)
         output = folder / "output.npz"
         output.unlink(missing_ok=True)
-        answer = worker.ask(
-            {
-                "do": "prepare",
-                "spec": problem.spec.to_json(),
-                "extents": vars(problem.extents),
-                "tensors": str(folder),
-                "output": str(output),
-            },
-            self.protocol.prepare_timeout,
-        )
-        error = None
+        request = {
+            "do": "prepare",
+            "spec": problem.spec.to_json(),
+            "extents": vars(problem.extents),
+            "tensors": str(folder),
+            "output": str(output),
+        }
+        answer = worker.ask(request, self.protocol.prepare_timeout)
+        described = answer["described"]
+        described["affinity"] = described["affinity"] and tuple(described["affinity"])
+        if part.provider.measure != "call":  # of a tiny layer it says nothing
+            described |= dict.fromkeys(("memory_bytes", "memory_prepare_bytes", "memory_resolution_bytes"))
+        described["tensors"] = self.inputs.kind_of(problem)
         if answer["compared"]:
             with np.load(output, allow_pickle=False) as results:
                 error, name = expected.error_of(results)
+            output.unlink()
             limit = TOLERANCES[problem.spec.dtype]
             if not error <= limit:
                 where = "" if name == "output" else f" of {name}"
                 raise WorkerError(f"wrong result: maximum relative error{where} {error:.1e}, limit {limit:g}")
-        turns, request = self.protocol.plan(answer["call_ms"])
-        return _Turns(worker, turns, request, error)
+            described["max_rel_error"] = error
+        self.described[part] = described
+        return [self._turns(worker, answer["call_ms"], cache) for cache in self.caches]
+
+    def _turns(self, worker: Worker, call_ms: float, cache: str) -> Turns:
+        if cache == "warm":
+            return Turns(worker, *self.protocol.plan(call_ms))
+        answer = worker.ask({"do": "evict"}, self.protocol.measure_timeout)
+        return Turns(worker, *self.protocol.plan(call_ms, cache, answer["evict_ms"]), answer["evicted_bytes"])
+
+    def row_of(self, part: _Part, threads: int, turns: Turns, **where: Any) -> Measurement:
+        """Return the row of one provider's turns."""
+        fields = {**self.described[part], **summarize(turns.times), "cache": turns.cache, "protocol": turns.protocol}
+        return self.row(part.problem, part.provider, threads, **fields, **where)
 
 
 def compare(
@@ -229,6 +201,11 @@ def compare(
     seed: int = 0,
     real_layers: str | Path | None = None,
     command: str | None = None,
+    run: str | None = None,
+    caches: Sequence[str] = CACHES[:1],
+    sweep: Sequence[str] = (),
+    known: Sequence[Measurement] = (),
+    on_known: Callable[[Measurement], object] = lambda row: None,
     on_row: Callable[[Measurement], object] | None = None,
     on_step: Callable[[str], object] | None = None,
 ) -> list[Measurement]:
@@ -255,6 +232,17 @@ def compare(
         Folder with the tensors of real layers, used instead of made-up ones.
     command : str, optional
         What the rows say measured them; default: this process's command line.
+    run : str, optional
+        What the rows have in common with others; default: a new name.
+    caches : sequence of str
+        ``warm``, ``cold`` or both, a row for each.
+    sweep : sequence of str
+        Along what the problems' sizes were varied, see :class:`~tvmdcn.bench.measurement.Measurement`.
+    known : sequence of Measurement
+        Rows measured before. A comparison all of whose rows are among them, made on this machine with these versions,
+        is not made again; its rows are not among the results.
+    on_known : callable
+        Called with each of these rows.
     on_row : callable, optional
         Called with each row as soon as it is known.
     on_step : callable, optional
@@ -269,19 +257,25 @@ def compare(
     ------
     ValueError
         If there is nothing to measure.
+    KeyboardInterrupt
+        If the user interrupts; the rows of the layer at hand have been given to `on_row`, if two rounds were made.
     """
     chosen = default_providers() if providers is None else list(providers)
     if not problems or not threads or not chosen:
         raise ValueError("compare needs at least one problem, one number of threads and one provider.")
     if len({(provider.name, provider.measure) for provider in chosen}) < len(chosen):
         raise ValueError("compare needs providers with different names.")
+    if not caches or not set(caches) <= set(CACHES):
+        raise ValueError(f"caches must be some of {', '.join(CACHES)}, got {', '.join(caches) or 'none'}.")
     layers = _by_layer(problems)
     end = math.inf if time_budget is None else time.monotonic() + time_budget
     rows: list[Measurement] = []
     left = len(threads) * len(layers)
     with tempfile.TemporaryDirectory(prefix="tvmdcn-bench-") as name:
         inputs = Inputs(Path(name), seed, None if real_layers is None else Path(real_layers))
-        run = _Run(protocol or Protocol(), inputs, describe_run(command))
+        describe = describe_run(command, run)
+        state = _Run(protocol or Protocol(), inputs, partial(describe, sweep=tuple(sweep)), list(dict.fromkeys(caches)))
+        before = Known(known)
         for count in threads:
             with _Workers(count) as workers:
                 for layer in layers:
@@ -293,7 +287,12 @@ def compare(
                     share = now + (end - now) / left
                     left -= 1
                     parts = _parts(layer, chosen, providers is not None)
-                    for row in _measure(run, workers, parts, share, on_step or (lambda text: None)):
+                    taken = before.all_of(parts, count, state.caches)
+                    if taken:
+                        for row in taken:
+                            on_known(row)
+                        continue
+                    for row in _measure(state, workers, parts, share, on_step or (lambda text: None)):
                         rows.append(row)
                         if on_row is not None:
                             on_row(row)
@@ -342,45 +341,34 @@ def _measure(
     if not parts:
         return
     title = f"{parts[0].problem.forward.name}, {workers.threads} thread{'s' * (workers.threads > 1)}"
-    active: dict[_Part, _Turns] = {}
-    failed: dict[_Part, str] = {}
+    table: Table[_Part] = Table()
     for part in parts:
         on_step(f"{title}: preparing {part}")
         try:
-            active[part] = run.prepare(workers.get(part), part.problem)
+            table.active[part] = run.prepare(workers.get(part), part)
         except (TvmdcnError, OSError) as error:  # a worker's reason, or inputs that cannot be made
-            failed[part] = str(error)
-    for index in range(run.protocol.rounds):
+            table.failed[part] = str(error)
+
+    def begin(index: int) -> bool:
         if index >= 2 and time.monotonic() > until:
-            break
+            return False
         on_step(f"{title}: round {index + 1} of {run.protocol.rounds}")
-        for part in turn_order(parts, index):
-            turns = active.get(part)
-            if turns is None or not turns.due(index, run.protocol.rounds):
-                continue
-            try:
-                answer = turns.worker.ask(turns.request, run.protocol.measure_timeout)
-                turns.times += answer["times_ms"]
-            except WorkerError as error:
-                failed[part] = str(error)
-                del active[part]
+        return True
+
+    whole = take_turns(parts, table, run.protocol, begin)
     for part in parts:
         where = workers.described(part)
-        if part in failed:
-            logger.info("%s: %s failed: %s", title, part, failed[part])
-            reason = {"status": "failed", "reason": failed[part]}
-            yield run.row(part.problem, part.provider, workers.threads, **where, **reason)
+        if part in table.failed:
+            reason = table.failed[part]
+            logger.info("%s: %s failed: %s", title, part, reason)
+            for cache in run.caches:
+                yield run.row(
+                    part.problem, part.provider, workers.threads, **where, cache=cache, status="failed", reason=reason
+                )
             continue
-        times = active[part].times
-        yield run.row(
-            part.problem,
-            part.provider,
-            workers.threads,
-            median_ms=percentile(times, 0.5),
-            min_ms=min(times),
-            p10=percentile(times, 0.1),
-            p90=percentile(times, 0.9),
-            runs=len(times),
-            max_rel_error=active[part].error,
-            **where,
-        )
+        for turns in table.active[part]:
+            # A first round and its reverse give everyone the same mean place.
+            if whole or len(turns.times) >= min(2, turns.turns):
+                yield run.row_of(part, workers.threads, turns, **where)
+    if not whole:
+        raise KeyboardInterrupt

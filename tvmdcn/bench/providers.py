@@ -10,106 +10,26 @@ there. Those of gradients are in :mod:`tvmdcn.bench.providers_backward`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from tvmdcn.bench.measurement import DIRECTIONS
+from tvmdcn.bench.provider import (
+    Prepared,
+    Provider,
+    Unsupported,
+    copied_bytes,
+    from_nchw,
+    nchw_only,
+    to_nchw,
+    torch_tensor,
+)
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.tensors import Tensors
 
-__all__ = [
-    "PROVIDERS",
-    "BackwardTensors",
-    "Prepared",
-    "Provider",
-    "Unsupported",
-    "default_providers",
-    "from_nchw",
-    "to_nchw",
-    "torch_tensor",
-]
-
-
-class Unsupported(Exception):  # noqa: N818 - an answer, not a failure of the benchmark
-    """The provider cannot compute this problem; the message says why."""
-
-
-@dataclass
-class BackwardTensors(Tensors):
-    """The arrays of one call and of its backward: `grad_output` as the others."""
-
-    grad_output: np.ndarray
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A layer, or its gradients, ready to be called.
-
-    Parameters
-    ----------
-    call : callable
-        Computes once; what it returns goes to `output`, and nowhere else.
-    output : callable, optional
-        Turns the result into a NumPy array in the order of the specification's layout; of gradients into a
-        dict of them, by the names of the specification's outputs. None where there is no deformable convolution
-        to compare: a plain one.
-    """
-
-    call: Callable[[], Any]
-    output: Callable[[Any], np.ndarray | Mapping[str, np.ndarray]] | None
-
-
-@dataclass(frozen=True)
-class Provider:
-    """A row of the table of providers.
-
-    Parameters
-    ----------
-    name : str
-        As in rows and reports.
-    role : str
-        ``ours``, ``peer`` or ``floor``, see :class:`~tvmdcn.bench.measurement.Measurement`.
-    source : str, optional
-        ``module:function`` or ``path/to/file.py:function`` for the forward; the function takes (spec, extents,
-        tensors, threads, schedule) and returns :class:`Prepared`, or raises :class:`Unsupported`. None if it is
-        not to be measured.
-    package : str, optional
-        The module without which it cannot run.
-    schedule : str, optional
-        Handed to the function.
-    optional : bool
-        Left out by default where `package` is missing; others then give a failed row, for a comparison that
-        lacks a strong peer must show it.
-    backward : str, optional
-        As `source` for all gradients of a layer, the tensors being :class:`BackwardTensors`. None if it has none.
-    measure : str
-        What a call is, see :data:`tvmdcn.bench.measurement.MEASURES`.
-    python : str, optional
-        The interpreter of its process, for a package that has an environment of its own; NumPy must be in it.
-    """
-
-    name: str
-    role: str
-    source: str | None
-    package: str | None = None
-    schedule: str | None = None
-    optional: bool = False
-    backward: str | None = None
-    measure: str = "call"
-    python: str | None = None
-
-    @property
-    def installed(self) -> bool:
-        """Whether the package it needs can be imported; in another environment that shows when it is."""
-        return self.python is not None or self.package is None or find_spec(self.package) is not None
-
-    def source_of(self, direction: str) -> str | None:
-        """Return the function for the forward or the backward; None if it has none."""
-        return {"forward": self.source, "backward": self.backward}[direction]
+__all__ = ["PROVIDERS", "default_providers"]
 
 
 def _table(*providers: Provider) -> dict[str, Provider]:
@@ -162,18 +82,6 @@ def default_providers(directions: Iterable[str] = DIRECTIONS) -> list[Provider]:
     ]
 
 
-def to_nchw(array: np.ndarray | None, spec: DeformConv2dSpec) -> Any:
-    """Return a tensor of the problem as a contiguous NCHW array (None stays None)."""
-    if array is None or spec.layout == "NCHW":
-        return array
-    return np.ascontiguousarray(array.transpose(0, 3, 1, 2))
-
-
-def from_nchw(array: np.ndarray, spec: DeformConv2dSpec) -> np.ndarray:
-    """Return an NCHW array in the order of the layout."""
-    return array if spec.layout == "NCHW" else array.transpose(0, 2, 3, 1)
-
-
 def _bias(tensors: Tensors, spec: DeformConv2dSpec) -> np.ndarray:
     if tensors.bias is not None:
         return tensors.bias
@@ -190,7 +98,8 @@ def prepare_ours(
     packed = kernel.pack(tensors.weight)
     out = np.empty(spec.output_shape(extents), tensors.input.dtype)
     arguments = (tensors.input, tensors.offset, packed, tensors.bias, tensors.mask)
-    return Prepared(lambda: kernel(*arguments, out=out), lambda result: result)
+    artifact = kernel.artifact.path.name
+    return Prepared(lambda: kernel(*arguments, out=out), lambda result: result, artifact=artifact)
 
 
 def prepare_ours_torch(
@@ -251,7 +160,8 @@ def prepare_onnxruntime(
         session.run_with_iobinding(binding)
         return feeds  # the binding keeps their addresses only: this keeps them
 
-    return Prepared(call, lambda _: from_nchw(out, spec))
+    copied = copied_bytes(tensors, feeds.values())
+    return Prepared(call, lambda _: from_nchw(out, spec), copied, note=nchw_only(spec))
 
 
 def _onnx_model(spec: DeformConv2dSpec, feeds: dict[str, np.ndarray], weight: np.ndarray, bias: np.ndarray) -> bytes:
@@ -328,16 +238,9 @@ def prepare_openvino(
     return Prepared(
         lambda: request.infer(arrays, share_inputs=True, share_outputs=True),
         lambda result: from_nchw(np.array(result[0]), spec),
+        copied_bytes(tensors, arrays),
+        note=nchw_only(spec),
     )
-
-
-def torch_tensor(array: np.ndarray, spec: DeformConv2dSpec) -> Any:
-    """Return a torch tensor that shares the array's memory; bfloat16 goes through its bits."""
-    import torch
-
-    if spec.dtype == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def _torch_output(result: Any, spec: DeformConv2dSpec) -> np.ndarray:
@@ -366,7 +269,8 @@ def prepare_torchvision(
         with torch.inference_mode():
             return deform_conv2d(image, offset, weight, bias, *geometry, mask=mask)
 
-    return Prepared(call, lambda result: _torch_output(result, spec))
+    copied = copied_bytes(tensors, (image, offset, mask))
+    return Prepared(call, lambda result: _torch_output(result, spec), copied, note=nchw_only(spec))
 
 
 def prepare_conv2d(
@@ -393,4 +297,4 @@ def prepare_conv2d(
         with torch.inference_mode():
             return torch.conv2d(image, weight, bias, spec.stride, padding, spec.dilation, spec.groups)
 
-    return Prepared(call, None)
+    return Prepared(call, None, copied_bytes(tensors, (image,)))

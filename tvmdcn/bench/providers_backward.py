@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from tvmdcn.bench.providers import BackwardTensors, Prepared, Unsupported, from_nchw, to_nchw, torch_tensor
+from tvmdcn.bench.provider import (
+    BackwardTensors,
+    Prepared,
+    Unsupported,
+    copied_bytes,
+    from_nchw,
+    nchw_only,
+    to_nchw,
+    torch_tensor,
+)
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.tensors import Tensors
 
@@ -39,7 +48,7 @@ def prepare_ours(
 
     kernel = tvmdcn.load(spec, schedule=schedule or "tuned")
     given = {name: array for name, array in vars(tensors).items() if array is not None}
-    return Prepared(kernel.bind(given), lambda results: results)
+    return Prepared(kernel.bind(given), lambda results: results, artifact=kernel.artifact.path.name)
 
 
 def prepare_ours_numpy(
@@ -106,7 +115,7 @@ def _leaves(spec: DeformConv2dSpec, tensors: BackwardTensors) -> dict[str, Any]:
     return leaves
 
 
-def _by_autograd(spec: DeformConv2dSpec, leaves: dict[str, Any], output: Any) -> Prepared:
+def _by_autograd(spec: DeformConv2dSpec, tensors: Tensors, leaves: dict[str, Any], output: Any) -> Prepared:
     """Return the backward of a recorded output; the graph is kept from call to call."""
     import torch
 
@@ -115,6 +124,8 @@ def _by_autograd(spec: DeformConv2dSpec, leaves: dict[str, Any], output: Any) ->
     return Prepared(
         lambda: torch.autograd.grad(output, inputs, leaves["grad_output"], retain_graph=True),
         lambda found: named_results(spec, dict(zip(asked, found, strict=True))),
+        copied_bytes(tensors, (leaves.get(name) for name in (*_IMAGES, "grad_output"))),
+        note=nchw_only(spec),
     )
 
 
@@ -131,7 +142,7 @@ def prepare_torchvision(
     leaves = _leaves(spec, tensors)
     arguments = (leaves["input"], leaves["offset"], leaves["weight"], leaves["bias"])
     output = deform_conv2d(*arguments, spec.stride, spec.padding[:2], spec.dilation, mask=leaves.get("mask"))
-    return _by_autograd(spec, leaves, output)
+    return _by_autograd(spec, tensors, leaves, output)
 
 
 def prepare_grid_sample(
@@ -172,7 +183,7 @@ def prepare_grid_sample(
     depth = channels // spec.groups * taps
     product = leaves["weight"].reshape(spec.groups, -1, depth) @ samples.reshape(batch, spec.groups, depth, -1)
     output = product.reshape(batch, spec.out_channels, *size) + leaves["bias"][:, None, None]
-    return _by_autograd(spec, leaves, output)
+    return _by_autograd(spec, tensors, leaves, output)
 
 
 def _blocks(channels: int, least: int) -> int:
@@ -207,4 +218,4 @@ def prepare_conv2d(
         with torch.inference_mode():
             return torch.ops.aten.convolution_backward(*arguments, *geometry, asked)
 
-    return Prepared(call, None)
+    return Prepared(call, None, copied_bytes(tensors, (arguments[0], arguments[1])))

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report takes besides rows: how a tuning went, and what two schedules do.
-
-Tuning records and artifacts fill these in; a report knows nothing of their formats.
-"""
+"""What a report takes besides rows: how a tuning went. The logs fill it in; a report knows nothing of their format."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["SchedulePair", "ScheduleView", "Trial", "TuningHistory"]
+__all__ = ["Trial", "TuningHistory"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +26,10 @@ class Trial:
         Seconds from the start of the run to the end of the trial.
     decisions : mapping of str to str
         What it decided, in words.
+    round : int, optional
+        In which round of the search it was tried, counted from 0 over all runs.
+    predicted : float, optional
+        What the cost model gave it beforehand, higher is better; None if it gave nothing.
     """
 
     index: int
@@ -36,15 +37,28 @@ class Trial:
     reason: str | None = None
     elapsed_s: float | None = None
     decisions: Mapping[str, str] = field(default_factory=dict)
+    round: int | None = None
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
 class TuningHistory:
-    """The trials of one problem, in the order of measurement; `source` says where they come from."""
+    """The trials of one problem, in the order of measurement.
+
+    Parameters
+    ----------
+    problem : str
+    trials : sequence of Trial
+    source : str
+        Where they come from: a target.
+    threads : int, optional
+        Of each call.
+    """
 
     problem: str
     trials: Sequence[Trial]
     source: str = ""
+    threads: int | None = None
 
     @property
     def best(self) -> Trial | None:
@@ -72,21 +86,3 @@ class TuningHistory:
                 best = trial.time_ms
             series.append(best)
         return series
-
-
-@dataclass(frozen=True)
-class ScheduleView:
-    """One schedule: a title, its decisions in words, and the scheduled program as text."""
-
-    title: str
-    decisions: Mapping[str, str]
-    tir: str
-
-
-@dataclass(frozen=True)
-class SchedulePair:
-    """Two schedules of one problem, to be read side by side."""
-
-    problem: str
-    left: ScheduleView
-    right: ScheduleView

@@ -16,10 +16,33 @@ import numpy as np
 from tvmdcn.reference import expected_output
 from tvmdcn.reference_grad import expected_gradients
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec
-from tvmdcn.te import deform_conv2d, deform_conv2d_grad
+from tvmdcn.te import deform_conv2d, deform_conv2d_grad, implicit_gemm, products
 from tvmdcn.tensors import make_gradient_tensors, make_layer_tensors
 
-__all__ = ["OPERATORS", "Operator", "operator_of"]
+__all__ = ["OPERATORS", "DeviceForm", "Operator", "operator_of"]
+
+
+@dataclass(frozen=True)
+class DeviceForm:
+    """An operator's form for GPUs.
+
+    Parameters
+    ----------
+    kernel : callable
+        ``kernel(spec)`` is the unscheduled function.
+    pack : callable
+        ``pack(spec)`` is the function that brings the weight into the kernel's order, with its threads.
+    packed_shape, packed_dtype : callable
+        ``packed_shape(spec)`` and ``packed_dtype(spec)`` are those of the packed weight.
+    granule : int
+        What the number of output pixels is padded to.
+    """
+
+    kernel: Callable[..., Any]
+    pack: Callable[..., Any]
+    packed_shape: Callable[..., tuple[int, ...]]
+    packed_dtype: Callable[..., str]
+    granule: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +69,8 @@ class Operator:
         ``expected(spec, tensors)``: the outputs for them in float64, by name, from other code.
     granule : int
         Output pixels in a unit of work.
+    device : DeviceForm or None
+        The form for GPUs; the fields above, from `kernel` to `lanes` and `granule`, are of the form for CPUs.
     """
 
     name: str
@@ -57,6 +82,7 @@ class Operator:
     tensors: Callable[..., dict[str, np.ndarray]]
     expected: Callable[..., dict[str, np.ndarray]]
     granule: int
+    device: DeviceForm | None = None
 
 
 OPERATORS = {
@@ -72,6 +98,13 @@ OPERATORS = {
             tensors=make_layer_tensors,
             expected=expected_output,
             granule=deform_conv2d.GRANULE,
+            device=DeviceForm(
+                kernel=implicit_gemm.implicit_gemm,
+                pack=products.pack_weight,
+                packed_shape=products.packed_shape,
+                packed_dtype=products.packed_dtype,
+                granule=implicit_gemm.PIXELS,
+            ),
         ),
         Operator(
             name=DeformConv2dGradSpec.operator,

@@ -19,7 +19,7 @@ from torch.autograd.function import _SingleLevelFunction
 from tvmdcn.api import call_kernel
 from tvmdcn.arrays import TorchArrays, arrays_of
 from tvmdcn.gradient import deform_conv2d_backward
-from tvmdcn.torch import fake, formula
+from tvmdcn.torch import fake, formula, onnx_export
 from tvmdcn.validation import check_padding, check_pair
 
 __all__ = ["backward", "call_recorded", "forward"]
@@ -221,6 +221,10 @@ def forward(
     border: str = "torchvision",
 ) -> Tensor:
     """Autograd's kernel of ``tvmdcn::deform_conv2d``."""
+    if onnx_export.exporting():
+        node = onnx_export.exported(input, offset, weight, bias, stride, padding, dilation, mask)
+        if node is not None:
+            return node
     if _has_tangent(input, offset, weight, bias, mask):
         layer, _ = fake.check(input, offset, weight, bias, mask, (stride, padding, dilation))
         last = fake.layout_of(input) == "NHWC"

@@ -80,7 +80,7 @@ _OURS = (DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack)
 _LOOKALIKES = {name.rpartition(".")[2] for name in _KNOWN} | {
     *("DCN", "DCNv2", "DeformConvPack", "ModulatedDeformConvPack"),
 }
-_DEVICES = ("cpu", "meta")
+_DEVICES = ("cpu", "cuda", "meta")
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ def replace_modules(
     the model itself can be the layer. Gradients at the border stay those of the package that the layer came from.
 
     Left as they are, and reported with the reason: subclasses with a ``forward`` of their own (see
-    :func:`route_torchvision`), scripted and parametrized layers, layers on other devices than the CPU, and classes
-    that only bear such a name. Layers that are not registered as submodules are not found.
+    :func:`route_torchvision`), scripted and parametrized layers, layers on other devices than CPUs and NVIDIA GPUs,
+    and classes that only bear such a name. Layers that are not registered as submodules are not found.
 
     Parameters
     ----------
@@ -246,7 +246,7 @@ def _obstacle(module: Any, known: Any, ours: _Ours) -> str:
         return f"it has no {' and no '.join(missing)}"
     weight = module.weight
     if weight.device.type not in _DEVICES:
-        return f"it is on {weight.device}, and tvmdcn computes on CPUs; move the model first"
+        return f"it is on {weight.device}, and tvmdcn computes on CPUs and NVIDIA GPUs; move the model first"
     if dtype_name(weight.dtype) not in DTYPES:
         return f"its dtype is {dtype_name(weight.dtype)}, and tvmdcn's are {', '.join(DTYPES)}"
     return ""

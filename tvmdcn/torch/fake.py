@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tvmdcn.arrays import TorchArrays
-from tvmdcn.errors import SpecError, TvmdcnError
+from tvmdcn.errors import SpecError, SpecTypeError, TvmdcnError
 from tvmdcn.spec import DeformConv2dSpec
 
 __all__ = ["Geometry", "arrays", "check", "empty_gradients", "empty_output", "layout_of", "new_image"]
@@ -48,6 +48,9 @@ def check(
     for name in ("input", "offset", "weight"):
         arrays.check_kind(name, named[name])  # the dispatcher lets None through
     tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+    for name, tensor in tensors.items():
+        if tensor.device != input.device:
+            raise SpecTypeError(f"{name} is on device {tensor.device}, and input on {input.device}: bring it there.")
     shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     options: dict[str, Any] = dict(zip(("stride", "padding", "dilation"), geometry, strict=True))
     options["dtype"] = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}

@@ -280,7 +280,7 @@ class ModulatedDeformConv2dPack(Pack):
         weight = self.weight
         check_image(self, weight, input)
         field = self.conv_offset(input)
-        third = field.shape[1] // 3
+        third = self.deform_groups * math.prod(self.kernel_size)  # no size of a tensor: an export knows the channels
         offset, mask = field.split((2 * third, third), 1)
         return deform_conv2d(
             *(input, offset, weight, self.bias, self.stride, self.padding, self.dilation, mask.sigmoid()),

@@ -43,7 +43,8 @@ def route_torchvision() -> Iterator[None]:
     inside calls ``torch.ops.tvmdcn.deform_conv2d``, and what is traced or exported does so ever after.
     ``torch.jit.script`` fails inside, as it cannot read ours.
 
-    Calls that ours refuses, such as those with tensors on a GPU, raise; they are not handed to torchvision.
+    Calls that ours refuses, such as those with tensors on other devices than CPUs and NVIDIA GPUs, raise; they are
+    not handed to torchvision.
 
     Raises
     ------

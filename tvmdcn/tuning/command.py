@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -24,18 +23,14 @@ from tvmdcn.problems import (
     parse_problem,
     problem_text,
 )
+from tvmdcn.tuning.display import Display, describe_failures
 
 if TYPE_CHECKING:
-    from tvmdcn.tuning.tuner import Progress, TuningResult
+    from tvmdcn.tuning.tuner import Farm, TuningResult
 
 __all__ = ["tune_command"]
 
-_STAGES = {
-    "search": "searching",
-    "build": "building",
-    "measure": "measuring",
-    "final": "comparing the best",
-}
+_TRIALS = 64  # for each layer, where nobody says how many
 
 
 def _selected(
@@ -47,9 +42,9 @@ def _selected(
     for path in files:
         found += load_problem_file(path)
     if model is not None:
-        from tvmdcn.tuning.models import load_model, parse_input, problems_of_model
+        from tvmdcn.tuning.models import is_onnx, load_model, parse_input, problems_of_model
 
-        if not inputs:
+        if not inputs and not is_onnx(model):
             raise click.UsageError("--model needs --input, such as --input 1x3x512x512.")
         shapes = [parse_input(text) for text in inputs]
         found += problems_of_model(load_model(model), shapes)
@@ -58,7 +53,7 @@ def _selected(
     if not found:
         raise click.UsageError(
             "say what to tune: --problem NAME (or 'all', or N,Cin,H,W,Cout,...), --file LAYERS.json, "
-            "or --model MODULE:FACTORY --input SHAPE."
+            "or --model MODULE:FACTORY --input SHAPE, or --model FILE.onnx."
         )
     return list(dict.fromkeys(found))
 
@@ -83,66 +78,6 @@ def _next_command(tuned: Sequence[Problem], threads: int, target: str | None, ou
     return " ".join([*words, *([] if threads == 1 else ["--threads", str(threads)])])
 
 
-class _Display:
-    """The progress of one layer: a live line on a terminal, else a line for each round."""
-
-    def __init__(self, name: str, budget: float | None) -> None:
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        self._name, self._budget = name, budget
-        self._before: int | None = None
-        console = Console(stderr=True)
-        self._live = console.is_terminal
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}", markup=False),
-            console=console,
-            disable=not self._live,
-        )
-        self._task = self._progress.add_task(escape(name), total=None, state="starting")
-
-    def __enter__(self) -> _Display:
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        self._progress.__exit__(*details)
-
-    def show(self, state: Progress) -> None:
-        """Show how far the tuning is."""
-        if self._before is None:
-            self._before = state.trials  # of earlier runs, which say nothing about the time that is left
-        words = " · ".join(self._words(state))
-        if self._live:
-            self._progress.update(self._task, completed=state.trials, total=state.wanted, state=words)
-        elif state.stage in ("search", "final"):  # once a round, and when the rounds are over
-            click.echo(f"{self._name}: {state.trials} of {state.wanted} trials · {words}", err=True)
-
-    def _words(self, state: Progress) -> list[str]:
-        parts = []
-        if math.isfinite(state.best):
-            parts.append(f"best {1e3 * state.best:.3f} ms")
-        if math.isfinite(state.best) and math.isfinite(state.default):
-            parts.append(f"{state.default / state.best:.2f}x of default")
-        if state.failures:
-            parts.append("failed: " + _failures(state.failures))
-        new = state.trials - (self._before or 0)
-        left = state.elapsed / new * max(0, state.wanted - state.trials) if new else math.inf
-        if self._budget is not None:
-            left = min(left, max(0.0, self._budget - state.elapsed))
-        if math.isfinite(left) and state.stage != "final":
-            parts.append(f"{left:.0f} s left")
-        return [*parts, _STAGES.get(state.stage, state.stage)]
-
-
-def _failures(failures: Any) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in failures.items()) or "none"
-
-
 def _summary(problem: Problem, result: TuningResult) -> str:
     from tvmdcn.te import operator_of
     from tvmdcn.tuning.words import describe_decisions
@@ -154,7 +89,7 @@ def _summary(problem: Problem, result: TuningResult) -> str:
         f"{problem.name}: {1e3 * record.seconds:.3f} ms on {threads}, {gain:.2f}x as fast as the default "
         f"({1e3 * record.default_seconds:.3f} ms)\n"
         f"  schedule: {describe_decisions(record.decisions, operator_of(problem.spec).granule)}\n"
-        f"  {result.trials} trials ({result.new_trials} new), failed: {_failures(result.failures)}"
+        f"  {result.trials} trials ({result.new_trials} new), failed: {describe_failures(result.failures)}"
     )
 
 
@@ -173,7 +108,7 @@ def _summary(problem: Problem, result: TuningResult) -> str:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A JSON or TOML file of layers; repeatable.",
 )
-@click.option("--model", help="MODULE:FACTORY of a torch model, whose deformable layers are tuned.")
+@click.option("--model", help="MODULE:FACTORY of a torch model, or FILE.onnx, whose deformable layers are tuned.")
 @click.option(
     "--input",
     "inputs",
@@ -191,15 +126,14 @@ def _summary(problem: Problem, result: TuningResult) -> str:
 @click.option(
     "--trials",
     type=click.IntRange(1),
-    default=64,
-    show_default=True,
-    help="Schedules to measure for each layer.",
+    help="Schedules to measure, of all layers together, those of earlier runs included; by default 64 for each. They "
+    "are spent where the layers' total time is expected to fall fastest.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of a call; by default all that the process may use.")
 @click.option(
     "--time-budget",
     type=click.FloatRange(0, min_open=True),
-    help="Seconds for each layer, after which its search ends.",
+    help="Seconds after which the search ends, of all layers together.",
 )
 @click.option("--resume/--fresh", default=True, help="Continue earlier trials (the default), or forget them.")
 @click.option(
@@ -208,6 +142,16 @@ def _summary(problem: Problem, result: TuningResult) -> str:
     help="Root of the records; the user's by default.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
+@click.option(
+    "--warm-starts",
+    type=click.IntRange(0),
+    default=4,
+    show_default=True,
+    help="Schedules to try first that were found for similar layers.",
+)
+@click.option("--tracker", help="HOST:PORT of a tracker of TVM's RPC: build here, measure on its servers.")
+@click.option("--key", help="Which of the tracker's servers to use; all of them machines of one kind.")
+@click.option("--parallel", type=click.IntRange(1), help="Servers to use at a time, at most; by default 8.")
 def tune_command(
     problems: tuple[str, ...],
     files: tuple[Path, ...],
@@ -215,29 +159,35 @@ def tune_command(
     inputs: tuple[str, ...],
     operator: str,
     target: str | None,
-    trials: int,
+    trials: int | None,
     threads: int | None,
     time_budget: float | None,
     resume: bool,
     output: Path | None,
     seed: int,
+    warm_starts: int,
+    tracker: str | None,
+    key: str | None,
+    parallel: int | None,
 ) -> None:
-    """Search the best schedule of layers for this machine, and keep it.
+    """Search the best schedules of layers, for this machine or for those of a tracker, and keep them.
 
     Ctrl-C keeps the best so far. A tuning that was killed has lost nothing: run the same command again.
     """
-    options = {
-        "trials": trials,
+    options: dict[str, Any] = {
         "threads": threads,
         "time_budget": time_budget,
         "resume": resume,
         "records": output,
         "seed": seed,
+        "warm_starts": warm_starts,
     }
     try:
         chosen = of_operators(_selected(problems, files, model, inputs), operator)
+        options["trials"] = _TRIALS * len(chosen) if trials is None else trials
         require("tune", "tuning")
-        status = _tune_all(chosen, target, options)
+        options["farm"] = _farm(tracker, key, parallel)
+        status = _tune(chosen, target, options)
     except (TvmdcnError, OSError) as error:
         raise click.ClickException(str(error)) from error
     except ImportError as error:
@@ -248,45 +198,59 @@ def tune_command(
     sys.exit(status)
 
 
-def _tune_all(chosen: Sequence[Problem], target: str | None, options: dict[str, Any]) -> int:
-    """Tune layer after layer; print how each went, and at the end what to do next; return the exit status."""
-    from tvmdcn.tuning.tuner import tune
+def _farm(tracker: str | None, key: str | None, parallel: int | None) -> Farm | None:
+    if tracker is None:
+        if key is not None or parallel is not None:
+            raise click.UsageError("--key and --parallel go with --tracker.")
+        return None
+    if key is None:
+        raise click.UsageError("--tracker needs --key, the one that the servers were started with.")
+    from tvmdcn.tuning.farm import Farm
 
-    done: list[tuple[Problem, TuningResult]] = []
-    status, stopped = 0, False
+    return Farm(tracker, key) if parallel is None else Farm(tracker, key, parallel)
+
+
+def _tune(chosen: Sequence[Problem], target: str | None, options: dict[str, Any]) -> int:
+    """Tune the layers; print how each went, and what to do next; return the exit status."""
+    from tvmdcn.tuning.tuner import Layer, tune_together
+
+    layers = [Layer(problem.spec, problem.extents, problem.name, problem.count) for problem in chosen]
+    farm: Farm | None = options["farm"]
     try:
-        for position, problem in enumerate(chosen, 1):
-            try:
-                with _Display(f"{problem.name} ({position}/{len(chosen)})", options["time_budget"]) as display:
-                    result = tune(
-                        problem.spec,
-                        problem.extents,
-                        target,
-                        name=problem.name,
-                        progress=display.show,
-                        **options,
-                    )
-            except TuningError as error:  # this layer's trouble: the others may do better
-                click.echo(f"Error: {problem.name}: {error}", err=True)
-                status = 1
-                continue
-            except KeyboardInterrupt:
-                click.echo(f"{problem.name}: interrupted before anything was measured", err=True)
-                status, stopped = 130, True
-                break
+        with Display([problem.name for problem in chosen], options["time_budget"]) as display:
+            if farm is not None:
+                farm.report = display.show_servers
+            results = tune_together(layers, target, progress=display.show, **options)
+    except KeyboardInterrupt:
+        click.echo("interrupted before anything was measured", err=True)
+        return 130
+    done: list[tuple[Problem, TuningResult]] = []
+    for problem, result in zip(chosen, results, strict=True):
+        if isinstance(result, TuningError):  # this layer's trouble: the others may have done better
+            click.echo(f"Error: {problem.name}: {result}", err=True)
+        else:
             done.append((problem, result))
             click.echo(_summary(problem, result))
-            if result.interrupted:
-                stopped = True
-                break
-    finally:
-        if stopped:
-            click.echo("interrupted; run the same command again to continue")
-        if done:
-            click.echo(f"records: {done[-1][1].path}")
-            tuned, threads = [problem for problem, _ in done], done[-1][1].record.threads
-            click.echo(f"next: {_next_command(tuned, threads, target, options['records'])}")
-    return status
+    if len(done) > 1:
+        click.echo(_total(done))
+    if any(result.interrupted for _, result in done):
+        click.echo("interrupted; run the same command again to continue")
+    if done:
+        click.echo(f"records: {done[-1][1].path}")
+        tuned, threads = [problem for problem, _ in done], done[-1][1].record.threads
+        click.echo(f"next: {_next_command(tuned, threads, target, options['records'])}")
+    return 0 if len(done) == len(chosen) else 1
+
+
+def _total(done: Sequence[tuple[Problem, TuningResult]]) -> str:
+    """Return what was gained in all, each layer as often as a model calls it."""
+    calls = sum(problem.count for problem, _ in done)
+    now = sum(problem.count * result.record.seconds for problem, result in done)
+    before = sum(problem.count * result.record.default_seconds for problem, result in done)
+    return (
+        f"all {len(done)} layers, {calls} calls: {1e3 * now:.3f} ms, {before / now:.2f}x as fast as the defaults "
+        f"({1e3 * before:.3f} ms)"
+    )
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ cut by a kill is dropped by the next run.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from tvmdcn.errors import BuildError, RecordsError
 from tvmdcn.report.data import Trial, TuningHistory
 from tvmdcn.space import Decisions
 
-__all__ = ["TrialLog", "TrialRow", "histories", "read_log"]
+__all__ = ["TrialLog", "TrialRow", "histories", "parse_log", "read_log"]
 
 _SCHEMA = 1
 
@@ -37,12 +37,19 @@ class TrialRow:
         Why it failed; empty otherwise.
     elapsed : float
         Seconds of tuning up to then, earlier runs included.
+    round : int, optional
+        Between which two looks at the cost model it was tried, counted from 0 over all runs; None in old logs.
+    predicted : float, optional
+        The cost model's score before the trial, see :meth:`tvmdcn.tuning.search.Search.predict`; None in old logs,
+        and while the model had not seen enough.
     """
 
     decisions: Decisions
     seconds: float | None
     reason: str
     elapsed: float
+    round: int | None = None
+    predicted: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as a dict of JSON types."""
@@ -51,6 +58,8 @@ class TrialRow:
             "seconds": self.seconds,
             "reason": self.reason,
             "elapsed": round(self.elapsed, 2),
+            "round": self.round,
+            "predicted": self.predicted,
         }
 
     @classmethod
@@ -71,13 +80,17 @@ class TrialRow:
             raise RecordsError("a trial must have either a time or a reason why it has none.")
         if (seconds is not None and not _is_time(seconds)) or not _is_time(elapsed, zero=True):
             raise RecordsError("a time is not a positive number.")
-        return cls(decisions, None if seconds is None else float(seconds), reason, float(elapsed))
+        number, predicted = data.get("round"), data.get("predicted")
+        if number is not None and (type(number) is not int or number < 0):
+            raise RecordsError("round is not a number counted from 0.")
+        if predicted is not None and (type(predicted) not in (int, float) or not abs(predicted) < 1e300):
+            raise RecordsError("predicted is not a finite number.")
+        return cls(decisions, None if seconds is None else float(seconds), reason, float(elapsed), number, predicted)
 
 
 def _is_time(value: Any, zero: bool = False) -> bool:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        return False
-    return bool(value > 0 or (zero and value == 0))
+    # Compared, not asked whether it is finite: an integer may be too large to be made a float of.
+    return type(value) in (int, float) and (0 < value < 1e9 or (zero and value == 0))
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -103,14 +116,17 @@ class TrialLog:
     Raises
     ------
     RecordsError
-        If the file is another layer's, or cannot be read.
+        If the file is another layer's, or cannot be read or written.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         self.path = path
         self.rows: list[TrialRow] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_torn_line(path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
         expected = json.loads(json.dumps({"schema": _SCHEMA, **header}))
         if path.is_file() and path.stat().st_size:
             found, self.rows = read_log(path)
@@ -124,15 +140,33 @@ class TrialLog:
             self._append(expected)
 
     def add(self, row: TrialRow) -> None:
-        """Log one trial; it is on disk when this returns."""
-        self.rows.append(row)
+        """Log one trial; it is on disk when this returns.
+
+        Raises
+        ------
+        RecordsError
+            If it cannot be written; those before it are kept.
+        """
         self._append(row.to_json())
+        self.rows.append(row)
 
     def _append(self, data: Any) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(data, sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(data, sort_keys=True) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                _drop_torn_line(self.path)
+            raise _unwritable(self.path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> RecordsError:
+    return RecordsError(
+        f"{path} cannot be written: {error.strerror or error}. What was logged before is kept: make room or name "
+        "another directory, and run the same command again."
+    )
 
 
 def read_log(path: Path) -> tuple[dict[str, Any], list[TrialRow]]:
@@ -143,12 +177,27 @@ def read_log(path: Path) -> tuple[dict[str, Any], list[TrialRow]]:
     RecordsError
         If it cannot be read, or a line is none of a log; the message names the line.
     """
+    try:
+        return parse_log(path.read_bytes())
+    except OSError as error:
+        raise RecordsError(f"{path} cannot be read: {error.strerror}. Delete it and tune again.") from error
+    except RecordsError as error:
+        raise RecordsError(f"{path}, {error} Delete it and tune again.") from error
+
+
+def parse_log(content: bytes) -> tuple[dict[str, Any], list[TrialRow]]:
+    """Return the header and the trials of a log's content; what follows the last end of a line is passed over.
+
+    Raises
+    ------
+    RecordsError
+        If a line is none of a log; the message names the line.
+    """
     number = 0
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
         rows: list[TrialRow] = []
         header: Any = {}
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(content.split(b"\n")[:-1], 1):
             data = json.loads(line)
             if number == 1:
                 header = data
@@ -157,9 +206,8 @@ def read_log(path: Path) -> tuple[dict[str, Any], list[TrialRow]]:
             else:
                 rows.append(TrialRow.from_json(data))
         return header, rows
-    except (OSError, ValueError, RecursionError, RecordsError) as error:
-        where = f", line {number}" if number else ""
-        raise RecordsError(f"{path}{where} cannot be read: {error} Delete it and tune again.") from error
+    except (ValueError, RecursionError, RecordsError) as error:
+        raise RecordsError(f"line {number} cannot be read: {error}") from error
 
 
 def histories(folder: Path) -> Iterator[TuningHistory]:
@@ -178,6 +226,8 @@ def histories(folder: Path) -> Iterator[TuningHistory]:
                 time_ms=None if row.seconds is None else 1e3 * row.seconds,
                 reason=row.reason.partition(":")[0] or None,  # the details would make each its own kind
                 elapsed_s=row.elapsed,
+                round=row.round,
+                predicted=row.predicted,
                 decisions={
                     "variant": row.decisions.variant,
                     **{k: str(v) for k, v in row.decisions.values.items()},
@@ -185,4 +235,10 @@ def histories(folder: Path) -> Iterator[TuningHistory]:
             )
             for index, row in enumerate(rows)
         ]
-        yield TuningHistory(str(header.get("name", path.stem)), trials, str(header.get("target", "")))
+        threads = header.get("threads")
+        yield TuningHistory(
+            str(header.get("name", path.stem)),
+            trials,
+            str(header.get("target", "")),
+            threads if isinstance(threads, int) else None,
+        )

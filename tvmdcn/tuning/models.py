@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The deformable layers of a torch model: what to tune so that the model runs fast."""
+"""The deformable layers of a model, of torch or in ONNX: what to tune so that the model runs fast."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,36 @@ from tvmdcn.problems import Problem, problem_text
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.validation import shown
 
-__all__ = ["load_model", "names_of", "parse_input", "problems_of_model"]
+__all__ = ["is_onnx", "load_model", "names_of", "parse_input", "problems_of_model"]
 
 
 def load_model(text: str) -> Any:
-    """Return the model that ``module:factory`` makes.
+    """Return the model that ``module:factory`` makes, or that a file whose name ends in ``.onnx`` holds.
+
+    Returns
+    -------
+    torch.nn.Module or onnx.ModelProto
 
     Raises
     ------
     SpecError
-        If there is no such module or factory, or it does not return a ``torch.nn.Module``.
+        If there is no such file, module or factory, or it is no model.
     MissingExtra
-        If torch is not installed.
+        If torch, or onnx and onnxruntime, are not installed.
     """
+    if is_onnx(text):
+        from tvmdcn.onnx.session import load_model as load_file
+
+        return load_file(text)
     require("torch", "--model")
     import torch
 
     module_name, _, factory = text.partition(":")
     if not all(map(str.isidentifier, (*module_name.split("."), factory))):
-        raise SpecError(f"--model must be MODULE:FACTORY, such as mypackage.models:make_detector, got {shown(text)}.")
+        raise SpecError(
+            "--model must be MODULE:FACTORY, such as mypackage.models:make_detector, or a path that ends in .onnx, got "
+            f"{shown(text)}."
+        )
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -59,6 +71,11 @@ def load_model(text: str) -> Any:
     return model
 
 
+def is_onnx(text: str) -> bool:
+    """Return whether the text names a file in ONNX."""
+    return text.lower().endswith(".onnx")
+
+
 def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip()[:300]}".rstrip(".: ")
 
@@ -78,7 +95,7 @@ def parse_input(text: str) -> tuple[int, ...]:
 
 
 def problems_of_model(model: Any, shapes: Sequence[tuple[int, ...]]) -> list[Problem]:
-    """Run a model once and return its deformable convolutions, each signature and size once.
+    """Run a model once and return its deformable convolutions, each signature and size once, with how often it occurs.
 
     Calls of ``tvmdcn.deform_conv2d``, of ``torchvision.ops.deform_conv2d`` and of the functions of mmcv and
     detectron2 are seen, whatever module makes them: so also those of tvmdcn's layers and of theirs. They are
@@ -87,15 +104,20 @@ def problems_of_model(model: Any, shapes: Sequence[tuple[int, ...]]) -> list[Pro
 
     Parameters
     ----------
-    model : torch.nn.Module
+    model : torch.nn.Module or onnx.ModelProto
+        In ONNX the layers are its ``DeformConv`` nodes, see :func:`tvmdcn.onnx.find_layers`.
     shapes : sequence of tuple of int
-        Shapes of its inputs; they are given normal random numbers.
+        Shapes of its inputs; they are given normal random numbers. May be empty for a model in ONNX with fixed shapes.
 
     Raises
     ------
     SpecError
         If the model has no deformable layer, or does not run on such inputs.
     """
+    if type(model).__module__.startswith("onnx"):
+        from tvmdcn.onnx import find_layers
+
+        return find_layers(model, shapes or None)
     import torch
 
     found: dict[Any, Problem] = {}
@@ -124,8 +146,9 @@ def problems_of_model(model: Any, shapes: Sequence[tuple[int, ...]]) -> list[Pro
             dtype=str(input.dtype).removeprefix("torch."),
             layout="NHWC" if last and not input.is_contiguous() else "NCHW",
         )
-        layer = Problem(problem_text(spec, extents), spec, extents, f"layer of {type(model).__name__}")
-        found.setdefault((spec, extents), layer)
+        layer = Problem(problem_text(spec, extents), spec, extents, f"layer of {type(model).__name__}", 0)
+        known = found.setdefault((spec, extents), layer)
+        found[spec, extents] = replace(known, count=known.count + 1)
         size = spec.output_size(extents.height, extents.width)
         return input.new_zeros((extents.batch, spec.out_channels, *size))
 

@@ -2,8 +2,8 @@
 """Tuning records: the best schedules found on a target, with where they come from.
 
 ``<root>/<target tag>/meta.json`` holds one record per signature, sizes and number of threads: decisions,
-times, provenance. Roots are that of TVMDCN_RECORDS, or the user's data directory, and the ``tuning_logs``
-that ship with the package, in this order.
+times, provenance, and a digest of them, by which a change that tuning did not make is seen. Roots are that of
+TVMDCN_RECORDS, or the user's data directory, and the ``tuning_logs`` that ship with the package, in this order.
 
 A record is decisions by name, not a trace: MetaSchedule's database of one layer takes 1.3 MB (the module is
 repeated in it, with its transpositions written out), and a trace can only be replayed on the very module it
@@ -14,24 +14,37 @@ Records are for finding schedules. A report measures again, it never quotes a re
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tvmdcn.cache_key import record_roots
-from tvmdcn.errors import BuildError, RecordsError
+from tvmdcn.cache_key import record_roots, user_records
+from tvmdcn.errors import RecordsError
+from tvmdcn.files import leftovers, write_whole
 from tvmdcn.space import Decisions
-from tvmdcn.spec import BORDERS, DeformConv2dGradSpec, DeformConv2dSpec, Extents, spec_from_json
-from tvmdcn.validation import check_int
+from tvmdcn.spec import BORDERS, DeformConv2dGradSpec, DeformConv2dSpec
+from tvmdcn.tuning.record import Record
+from tvmdcn.validation import shown
 
-__all__ = ["META", "Found", "Record", "TuningRecords", "shipped_root", "user_root"]
+__all__ = [
+    "META",
+    "Found",
+    "Record",
+    "TuningRecords",
+    "distance",
+    "read_each",
+    "shipped_root",
+    "structure",
+    "user_root",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -42,87 +55,19 @@ _LOCK_SECONDS = 60
 
 
 def user_root() -> Path:
-    """Return where tuning puts its records: TVMDCN_RECORDS, or the user's data directory."""
-    return record_roots()[0]
+    """Return where tuning puts its records: TVMDCN_RECORDS, or the user's data directory.
+
+    Raises
+    ------
+    SettingError
+        If TVMDCN_RECORDS names no directory, or is not set and the user has no home.
+    """
+    return user_records()
 
 
 def shipped_root() -> Path:
     """Return the directory of the records that ship with the package (``tuning_logs`` in a checkout)."""
-    return record_roots()[1]
-
-
-@dataclass(frozen=True)
-class Record:
-    """The best schedule of one signature on one target.
-
-    Parameters
-    ----------
-    spec : DeformConv2dSpec or DeformConv2dGradSpec
-    extents : Extents
-        Representative sizes that it was tuned on; the kernel is free in them.
-    threads : int
-    decisions : Decisions
-    seconds, default_seconds : float
-        Median time of a call when it was measured, and of the default schedule in the same run.
-    trials : int
-        Schedules measured, the failed ones included.
-    provenance : mapping
-        Machine, compiler and package versions, commit, date.
-    """
-
-    spec: DeformConv2dSpec
-    extents: Extents
-    threads: int
-    decisions: Decisions
-    seconds: float
-    default_seconds: float
-    trials: int
-    provenance: Mapping[str, Any]
-
-    @property
-    def pixels(self) -> int:
-        """Output pixels of the sizes that it was tuned on, all images together."""
-        height, width = self.spec.output_size(self.extents.height, self.extents.width)
-        return self.extents.batch * height * width
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as a dict of JSON types."""
-        return {
-            "spec": self.spec.to_json(),
-            "extents": asdict(self.extents),
-            "threads": self.threads,
-            "decisions": self.decisions.to_json(),
-            "seconds": self.seconds,
-            "default_seconds": self.default_seconds,
-            "trials": self.trials,
-            "provenance": dict(self.provenance),
-        }
-
-    @classmethod
-    def from_json(cls, data: Any) -> Record:
-        """Return the record that :meth:`to_json` wrote.
-
-        Raises
-        ------
-        RecordsError
-            If a field is missing or has an impossible value.
-        """
-        try:
-            spec, extents = spec_from_json(data["spec"]), Extents(**data["extents"])
-            seconds, default = data["seconds"], data["default_seconds"]
-            for value in (seconds, default):
-                if type(value) not in (int, float) or not 0 < value < math.inf:
-                    raise RecordsError(f"a time is {str(value)[:80]}, not a positive number.")
-            threads = check_int("threads", data["threads"], 1)
-            trials = check_int("trials", data["trials"], 1)
-            decisions, provenance = Decisions.from_json(data["decisions"]), data["provenance"]
-            if not isinstance(provenance, dict):
-                raise RecordsError("its provenance is not an object.")
-            return cls(spec, extents, threads, decisions, float(seconds), float(default), trials, provenance)
-        except RecordsError as error:
-            raise RecordsError(f"not a tuning record: {error}") from error
-        except (KeyError, TypeError, ValueError, OverflowError, BuildError) as error:
-            raise RecordsError(f"not a tuning record: {type(error).__name__}: {error}") from error
+    return record_roots()[-1]
 
 
 @dataclass(frozen=True)
@@ -152,7 +97,7 @@ _ALL_GRADIENTS: dict[str, Any] = {
 }
 
 
-def _structure(spec: DeformConv2dSpec) -> DeformConv2dSpec:
+def structure(spec: DeformConv2dSpec) -> DeformConv2dSpec:
     """Return what two signatures must share for the decisions of one to make sense for the other.
 
     Signatures of different operators never share it. Of the gradients, those of all may serve for some.
@@ -169,7 +114,7 @@ def _structure(spec: DeformConv2dSpec) -> DeformConv2dSpec:
     )
 
 
-def _distance(spec: DeformConv2dSpec, other: DeformConv2dSpec) -> tuple[float, int]:
+def distance(spec: DeformConv2dSpec, other: DeformConv2dSpec) -> tuple[float, int]:
     """Return how far apart two signatures of one structure are: in channels, and in which gradients are asked for."""
     channels = abs(math.log(other.in_channels / spec.in_channels)) + abs(
         math.log(other.out_channels / spec.out_channels)
@@ -220,15 +165,28 @@ class TuningRecords:
             If the file is damaged, or of another target or schema.
         """
         path = Path(root) / tag / META
-        if not path.is_file():
-            return cls(tag)
-        stat = path.stat()
-        return cls(tag, _read(path, tag, stat.st_mtime_ns, stat.st_size))
+        try:
+            if not path.exists():
+                return cls(tag)
+            if not path.is_file():  # reading a pipe would wait for ever
+                raise RecordsError("it is not a file.")
+            with open(path, "rb") as file:
+                content = file.read(_LIMIT + 1)
+            # By content: a clock that jumps, or is coarse, would give two contents one time.
+            return cls(tag, _parse(content, tag))
+        except (OSError, RecordsError) as error:
+            reason = f"{error.strerror or error}." if isinstance(error, OSError) else str(error)
+            raise RecordsError(f"{path} cannot be used: {reason} Restore it, or delete it and tune again.") from error
 
     def write(self, root: Path) -> Path:
-        """Write ``<root>/<tag>/meta.json``, whole or not at all, and return its path."""
+        """Write ``<root>/<tag>/meta.json``, whole or not at all, and return its path.
+
+        Raises
+        ------
+        RecordsError
+            If it cannot be written: what was there before is there still.
+        """
         path = Path(root) / self.tag / META
-        path.parent.mkdir(parents=True, exist_ok=True)
         ordered = sorted(self.records, key=lambda r: (r.spec.slug, r.pixels, r.threads))
         data = {
             "schema": _SCHEMA,
@@ -236,10 +194,46 @@ class TuningRecords:
             "target": self.tag,
             "records": [record.to_json() for record in ordered],
         }
-        staged = path.with_suffix(".new")
-        staged.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-        staged.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(data, indent=1, sort_keys=True) + "\n")
+        except OSError as error:
+            raise _unwritable(path, error) from error
         return path
+
+    @classmethod
+    @contextlib.contextmanager
+    def locked(cls, root: Path, tag: str) -> Iterator[TuningRecords]:
+        """Give the records in a root, to be changed while nobody else may; they are written at the end of the block.
+
+        Raises
+        ------
+        RecordsError
+            If the records there cannot be read or written, or another process does not give them free.
+        """
+        path = Path(root) / tag / META
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.parent / ".meta.lock", timeout=_LOCK_SECONDS)
+            lock.acquire()
+        except Timeout as error:
+            raise RecordsError(
+                f"{path} is locked by another process for more than {_LOCK_SECONDS} s. The trials are kept: run the "
+                "same command again."
+            ) from error
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        try:
+            for leftover in leftovers(path):
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
+            known = cls.read(root, tag)
+            before = list(known.records)
+            yield known
+            if known.records != before:
+                known.write(root)
+        finally:
+            lock.release()
 
     @classmethod
     def keep(cls, root: Path, tag: str, record: Record) -> Path:
@@ -250,18 +244,9 @@ class TuningRecords:
         RecordsError
             If the records there cannot be read, or another process does not give them free.
         """
-        folder = Path(root) / tag
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(folder / ".meta.lock", timeout=_LOCK_SECONDS):
-                known = cls.read(root, tag)
-                known.add(record)
-                return known.write(root)
-        except Timeout as error:
-            raise RecordsError(
-                f"{folder / META} is locked by another process for more than {_LOCK_SECONDS} s. "
-                "The trials are kept: run the same command again."
-            ) from error
+        with cls.locked(root, tag) as known:
+            known.add(record)
+        return Path(root) / tag / META
 
     def add(self, record: Record) -> bool:
         """Keep a record if it is the first or fastest of its signature, sizes and threads; say whether so."""
@@ -287,7 +272,7 @@ class TuningRecords:
         def rank(record: Record) -> tuple[float, int, float, int]:
             other_threads = 0.0 if threads is None else abs(math.log(record.threads / threads))
             return (
-                *_distance(spec, record.spec),
+                *distance(spec, record.spec),
                 other_threads if threads is not None else -record.threads,
                 -record.pixels,
             )
@@ -296,25 +281,55 @@ class TuningRecords:
         if same:
             chosen = min(same, key=rank)
             return Found(chosen.decisions, f"tuned: {chosen.trials} trials", True)
-        alike = [record for record in self.records if _structure(record.spec) == _structure(spec)]
+        alike = [record for record in self.records if structure(record.spec) == structure(spec)]
         if not alike:
             return None
         chosen = min(alike, key=rank)
         return Found(chosen.decisions, f"as tuned for {chosen.spec.slug}", False)
 
 
-@functools.lru_cache(maxsize=32)
-def _read(path: Path, tag: str, _mtime: int, size: int) -> tuple[Record, ...]:
+def _unwritable(path: Path, error: OSError) -> RecordsError:
+    return RecordsError(
+        f"{path} cannot be written: {error.strerror or error}. The trials are kept: make room or name another "
+        "directory (--output, TVMDCN_RECORDS), and run the same command again."
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _parse(content: bytes, tag: str) -> tuple[Record, ...]:
+    return tuple(Record.from_json(row) for row in _rows(content, tag))
+
+
+def read_each(content: bytes, tag: str) -> list[Record | RecordsError]:
+    """Return the records of a ``meta.json``, and in place of one that is damaged why it is none.
+
+    Raises
+    ------
+    RecordsError
+        If the file as a whole is none, or of another target or schema.
+    """
+
+    def read(row: Any) -> Record | RecordsError:
+        try:
+            return Record.from_json(row)
+        except RecordsError as error:
+            return error
+
+    return [read(row) for row in _rows(content, tag)]
+
+
+def _rows(content: bytes, tag: str) -> list[Any]:
     try:
-        if size > _LIMIT:
+        if len(content) > _LIMIT:
             raise RecordsError(f"it is larger than {_LIMIT} bytes.")
-        data = json.loads(path.read_text())
-        if not isinstance(data, dict) or data.get("schema") != _SCHEMA:
+        data = json.loads(content)
+        if not isinstance(data, dict) or type(data.get("schema")) is not int or data["schema"] != _SCHEMA:
             raise RecordsError(f"its schema is not {_SCHEMA}.")
         if data.get("target") != tag:
-            raise RecordsError(f"it is of target {str(data.get('target'))[:80]!r}, not {tag!r}: refused.")
+            raise RecordsError(f"it is of target {shown(data.get('target'))}, not {tag!r}: refused.")
         if not isinstance(data.get("records"), list):
             raise RecordsError("it has no list of records.")
-        return tuple(Record.from_json(row) for row in data["records"])
-    except (OSError, ValueError, RecursionError, RecordsError) as error:
-        raise RecordsError(f"{path} cannot be used: {error} Restore it, or delete it and tune again.") from error
+        rows: list[Any] = data["records"]
+        return rows
+    except (ValueError, RecursionError) as error:
+        raise RecordsError(f"{error}") from error

@@ -241,10 +241,13 @@ class Search:
         self._pending = list(proposed or [])
         return [Candidate(self.names.decisions(c.sch.trace), c) for c in self._pending][:trials_left]
 
-    def predict(self, candidates: Sequence[Candidate]) -> list[float]:
-        """Return the cost model's scores: higher is better, comparable within one call only."""
-        if not candidates:
-            return []
+    def predict(self, candidates: Sequence[Candidate]) -> list[float | None]:
+        """Return the cost model's scores: about the best time so far over the candidate's, so higher is better.
+
+        None while the model has not seen enough; it would give random numbers.
+        """
+        if not candidates or self._model.booster is None or self._model.data_size < _WARM_UP:
+            return [None] * len(candidates)
         return [float(s) for s in self._model.predict(self._context, [c.measurable for c in candidates])]
 
     def learn(self, outcomes: Mapping[Any, Sequence[float] | None], candidates: Sequence[Candidate]) -> None:

@@ -1,98 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of a tuning: rounds of proposing, building, checking and measuring; then a final among the best."""
+"""One layer in a run of a tuning: rounds of proposing, building, checking and measuring; a final among the best."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from tvmdcn.bench.measurement import identify_versions
+from tvmdcn.bench.machine import identify_versions
 from tvmdcn.cache_key import source_digest
 from tvmdcn.errors import TuningError
 from tvmdcn.space import Decisions
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo, host_identity
 from tvmdcn.te import operator_of
+from tvmdcn.tuning.allocation import ROUND, Standing, best_so_far
 from tvmdcn.tuning.history import TrialLog, TrialRow, read_log
-from tvmdcn.tuning.records import Record, TuningRecords
+from tvmdcn.tuning.progress import Progress, TuningResult
+from tvmdcn.tuning.records import Record, TuningRecords, structure
 from tvmdcn.tuning.search import Candidate, Search, uninterrupted
-from tvmdcn.tuning.trial import Job, Outcome, Workers, save_inputs
+from tvmdcn.tuning.trial import Job, save_inputs
+from tvmdcn.tuning.workers import Workers
 
 __all__ = ["Progress", "Session", "TuningResult"]
 
 _log = logging.getLogger(__name__)
 
-_ROUND = 12  # candidates between two looks at the cost model
 _FINALISTS = 3  # measured again in turns, with the default, before one is kept
 _FINAL_ROUNDS = 5
 _IDLE_ROUNDS = 3  # rounds without anything new after which the space counts as exhausted
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What a tuning reports after each trial.
-
-    Parameters
-    ----------
-    trials, wanted : int
-        Trials so far, earlier runs included, and how many are wanted.
-    best, default : float
-        Seconds of the best schedule so far and of the default one; infinite until measured.
-    failures : mapping of str to int
-        Failed trials by reason.
-    elapsed : float
-        Seconds of this run.
-    stage : str
-        "search", "build", "measure" or "final".
-    """
-
-    trials: int
-    wanted: int
-    best: float
-    default: float
-    failures: Mapping[str, int]
-    elapsed: float
-    stage: str
-
-
-@dataclass(frozen=True)
-class TuningResult:
-    """How a tuning ended.
-
-    Parameters
-    ----------
-    record : Record
-        What was kept.
-    path : Path
-        Where: the target's ``meta.json``.
-    trials : int
-        All trials of the layer so far.
-    new_trials : int
-        Those of this run.
-    failures : mapping of str to int
-        Failed trials by reason.
-    interrupted : bool
-        Whether Ctrl-C ended it.
-    """
-
-    record: Record
-    path: Path
-    trials: int
-    new_trials: int
-    failures: Mapping[str, int]
-    interrupted: bool
-
-
 class Session:
-    """One run of a tuning. Holds the log; the caller holds its lock.
+    """One layer in a run of a tuning. Holds the log; the caller holds its lock.
 
     Parameters
     ----------
@@ -102,15 +49,28 @@ class Session:
         Threads of a call.
     log : Path
         The log of trials; made, continued, or begun afresh.
+    scratch : Path
+        An empty private directory, for inputs and builds.
     name : str
         The layer's name in logs and reports.
+    weight : float
+        How often it is called, compared with others that are tuned together.
     resume : bool
         Whether to continue the log.
     seed : int
+    starts : sequence of Decisions
+        What to try first, after the default: what is known of similar layers.
     wanted : int
-        Trials in all.
+        Trials in all, for reports.
     report : callable, optional
         Called with a :class:`Progress` after each trial and at the begin of each stage.
+    machine : mapping, optional
+        Who measures, for trials of earlier runs too; this machine by default.
+
+    Attributes
+    ----------
+    exhausted : bool
+        Whether there is nothing more to try.
 
     Raises
     ------
@@ -126,15 +86,22 @@ class Session:
         *,
         threads: int,
         log: Path,
+        scratch: Path,
         name: str,
+        weight: float,
         resume: bool,
         seed: int,
+        starts: Sequence[Decisions],
         wanted: int,
         report: Callable[[Progress], None] | None,
+        machine: Mapping[str, Any] | None = None,
     ) -> None:
+        self._since, self._spent = time.monotonic(), 0.0
         self.spec, self.extents, self.target, self.threads = spec, extents, target, threads
-        self.wanted, self._report = wanted, report
-        self.start = time.monotonic()
+        self.name, self.weight, self.wanted, self._report = name, weight, wanted, report
+        self._starts = list(starts)
+        self.exhausted = False
+        self._idle, self._begun = 0, False
         header = {
             "name": name,
             "spec": spec.to_json(),
@@ -149,16 +116,25 @@ class Session:
             log.unlink(missing_ok=True)
         self.log = TrialLog(log, header)
         self.known: dict[Any, float | None] = {_identity(row.decisions): row.seconds for row in self.log.rows}
+        self._machine = machine
+        self._machines: dict[Any, Mapping[str, Any]] = {}
         self._before = self.log.rows[-1].elapsed if self.log.rows else 0.0
         self._first_new = len(self.log.rows)
+        self._number = 1 + max((row.round for row in self.log.rows if row.round is not None), default=-1)
         with uninterrupted():
             self.search = Search(spec, extents, target, seed)
             self.search.recall((row.decisions, row.seconds) for row in self.log.rows)
         self.default = self.search.names.defaults[self.search.names.variants[0]]
+        self._job = Job(spec, extents, target, threads, scratch)
+        self._pause()
+
+    def _pause(self) -> None:
+        """Stop the clock: the time from now on is another layer's."""
+        self._spent, self._since = self.elapsed(), math.inf
 
     def elapsed(self) -> float:
-        """Return the seconds of this run."""
-        return time.monotonic() - self.start
+        """Return the seconds that this run has spent on the layer."""
+        return self._spent + max(0.0, time.monotonic() - self._since)
 
     def failures(self) -> dict[str, int]:
         """Return the failed trials by reason, without the details."""
@@ -184,11 +160,64 @@ class Session:
                 self.failures(),
                 self.elapsed(),
                 stage,
+                self.name,
+                self.weight,
             )
         )
 
-    def run(self, root: Path, time_budget: float | None) -> TuningResult:
-        """Search until the trials or the time are used up, then keep the best.
+    def standing(self) -> Standing:
+        """Return how far the tuning is, for deciding which layer goes on."""
+        return Standing(
+            best_so_far([row.seconds for row in self.log.rows]),
+            float(self.spec.flops(self.extents)),
+            self.weight,
+            structure(self.spec),
+        )
+
+    def round(self, workers: Workers, limit: int, deadline: float = math.inf) -> None:
+        """Propose up to `limit` candidates, try them, and learn from how they did.
+
+        Parameters
+        ----------
+        workers : Workers
+        limit : int
+            At least 1.
+        deadline : float
+            Time of ``time.monotonic`` after which nothing more is measured, once there is something to keep.
+        """
+        self._since = time.monotonic()
+        try:
+            self._prepare()
+            self.tell("search")
+            first, self._begun = not self._begun, True
+            if first:
+                proposed = self._seeds()
+            else:
+                with uninterrupted():
+                    proposed = self.search.propose(ROUND, limit)
+            fresh = list({c.identity: c for c in proposed if c.identity not in self.known}.values())[:limit]
+            if fresh:
+                self._try(workers, fresh, deadline)
+            if first:
+                # If every variant's default fails, the others would only take longer to.
+                self.exhausted = not self.ranked()
+                return
+            self._idle = 0 if fresh else self._idle + 1
+            self.exhausted = self._idle >= _IDLE_ROUNDS
+            with uninterrupted():
+                self.search.end_round(self._outcomes())
+        finally:
+            self._pause()
+
+    def _prepare(self) -> None:
+        """Write the inputs of all trials, with the outputs that they must have, once."""
+        if not self._begun:
+            operator = operator_of(self.spec)
+            tensors = operator.tensors(self.spec, self.extents)
+            save_inputs(self._job, tensors, operator.expected(self.spec, tensors))
+
+    def finish(self, workers: Workers, root: Path) -> TuningResult:
+        """Compare the best again, and keep the winner in the records below `root`.
 
         Raises
         ------
@@ -197,90 +226,73 @@ class Session:
         RecordsError
             If the best cannot be added to the records.
         KeyboardInterrupt
-            If Ctrl-C comes before anything was measured; later it only ends the search.
+            If Ctrl-C comes meanwhile: then there is still :meth:`stop`.
         """
-        interrupted = False
-        with tempfile.TemporaryDirectory(prefix="tvmdcn-tune-") as scratch:
-            job = Job(self.spec, self.extents, self.target, self.threads, Path(scratch))
-            operator = operator_of(self.spec)
-            tensors = operator.tensors(self.spec, self.extents)
-            save_inputs(job, tensors, operator.expected(self.spec, tensors))
-            with Workers(job, builders=max(1, min(self.target.cores or 1, 8))) as workers:
-                try:
-                    self._rounds(workers, time_budget)
-                    if not self.ranked():
-                        self._raise_nothing()
-                    self.tell("final")
-                    winner, seconds, default = self._compare(workers)
-                except KeyboardInterrupt:
-                    if not self.ranked():
-                        raise
-                    interrupted = True
-                    _log.warning("interrupted: keeping the best of %d trials", len(self.log.rows))
-                    winner, seconds, default = self._quick()
-        record = Record(
-            self.spec, self.extents, self.threads, winner, seconds, default, len(self.log.rows), _provenance()
-        )
+        if not self.ranked():
+            self._raise_nothing()
+        self._since = time.monotonic()
+        self._prepare()
+        self._begun = True
+        self.tell("final")
+        return self._keep(root, *self._compare(workers), interrupted=False)
+
+    def stop(self, root: Path) -> TuningResult:
+        """Keep the best as it was measured in the search: what is left to do after Ctrl-C, or without servers.
+
+        Raises
+        ------
+        TuningError, RecordsError
+            As :meth:`finish`.
+        """
+        if not self.ranked():
+            self._raise_nothing()
+        return self._keep(root, *self._quick(), interrupted=True)
+
+    def _keep(self, root: Path, winner: Decisions, seconds: float, default: float, interrupted: bool) -> TuningResult:
+        trials = len(self.log.rows)
+        provenance = _provenance(self._machines.get(_identity(winner)) or self._machine)
+        record = Record(self.spec, self.extents, self.threads, winner, seconds, default, trials, provenance)
         with uninterrupted():
             path = TuningRecords.keep(root, self.target.tag, record)
-        new = len(self.log.rows) - self._first_new
-        return TuningResult(record, path, len(self.log.rows), new, self.failures(), interrupted)
+        return TuningResult(record, path, trials, trials - self._first_new, self.failures(), interrupted)
 
     def _seeds(self) -> list[Candidate]:
-        """Return what is tried first: every variant's defaults, and what is known of similar layers."""
+        """Return what is tried first: the default, what is known of similar layers, every variant's defaults."""
         wishes = [self.search.names.defaults[variant] for variant in self.search.names.variants]
-        found = TuningRecords.of(self.target.tag).best(self.spec, self.threads)
-        if found is not None:
-            wishes.insert(1, found.decisions)
+        wishes[1:1] = self._starts
         with uninterrupted():
             return [self.search.candidate(decisions) for decisions in wishes]
-
-    def _rounds(self, workers: Workers, time_budget: float | None) -> None:
-        first, idle = True, 0
-        while len(self.log.rows) < self.wanted and idle < _IDLE_ROUNDS:
-            if not first and time_budget is not None and self.elapsed() > time_budget:
-                break
-            self.tell("search")
-            left = self.wanted - len(self.log.rows)
-            if first:
-                proposed = self._seeds()
-            else:
-                with uninterrupted():
-                    proposed = self.search.propose(_ROUND, left)
-            fresh = list({c.identity: c for c in proposed if c.identity not in self.known}.values())[:left]
-            if fresh:
-                self._try(workers, fresh, time_budget)
-            if first and not self.ranked():
-                break  # if every variant's default fails, the others would only take longer to
-            if not first:
-                idle = 0 if fresh else idle + 1
-                with uninterrupted():
-                    self.search.end_round(self._outcomes())
-            first = False
 
     def _outcomes(self) -> dict[Any, list[float] | None]:
         return {identity: None if s is None else [s] for identity, s in self.known.items()}
 
-    def _try(self, workers: Workers, candidates: Sequence[Candidate], time_budget: float | None) -> None:
+    def _try(self, workers: Workers, candidates: Sequence[Candidate], deadline: float) -> None:
         self.tell("build")
-        built = workers.build([candidate.decisions for candidate in candidates])
         done: list[Candidate] = []
+        with uninterrupted():
+            predicted = self.search.predict(candidates)
         try:
-            for candidate, (name, reason) in zip(candidates, built, strict=True):
-                outcome = Outcome(reason=reason) if reason else workers.measure(name)
-                workers.discard(name)
-                seconds = None if outcome.reason else outcome.quiet
-                if outcome.reason:
-                    _log.info("%s: %s", candidate.decisions, outcome.reason)
-                with uninterrupted():
-                    self.log.add(TrialRow(candidate.decisions, seconds, outcome.reason, self._before + self.elapsed()))
-                    self.known[candidate.identity] = seconds
-                    done.append(candidate)
-                self.tell("measure")
-                late = time_budget is not None and self.elapsed() > 1.2 * time_budget
-                if late and self.ranked():
-                    break
+            trials = workers.trials(self._job, [candidate.decisions for candidate in candidates])
+            with contextlib.closing(trials):
+                for place, outcome in trials:
+                    candidate = candidates[place]
+                    seconds = None if outcome.reason else outcome.quiet
+                    if outcome.reason:
+                        _log.info("%s: %s", candidate.decisions, outcome.reason)
+                    with uninterrupted():
+                        elapsed = self._before + self.elapsed()
+                        row = TrialRow(
+                            candidate.decisions, seconds, outcome.reason, elapsed, self._number, predicted[place]
+                        )
+                        self.log.add(row)
+                        self.known[candidate.identity] = seconds
+                        self._machines[candidate.identity] = outcome.machine
+                        done.append(candidate)
+                    self.tell("measure")
+                    if time.monotonic() > deadline and self.ranked():
+                        break
         finally:
+            self._number += 1
             with uninterrupted():
                 self.search.learn(self._outcomes(), done)
 
@@ -295,13 +307,13 @@ class Session:
         finalists = [row.decisions for row in self.ranked()[:_FINALISTS]]
         if self.default not in finalists:
             finalists.append(self.default)
-        built = [(d, n) for d, (n, reason) in zip(finalists, workers.build(finalists), strict=True) if not reason]
-        outcomes = workers.measure_together([n for _, n in built], _FINAL_ROUNDS)
-        timed = [(o.median, d) for (d, _), o in zip(built, outcomes, strict=True) if not o.reason]
+        outcomes = workers.compare(self._job, finalists, _FINAL_ROUNDS)
+        timed = [(o.median, d, o.machine) for d, o in zip(finalists, outcomes, strict=True) if not o.reason]
         if not timed:
             return self._quick()
-        seconds, winner = min(timed, key=lambda pair: pair[0])
-        default = next((s for s, d in timed if d == self.default), seconds)
+        seconds, winner, machine = min(timed, key=lambda entry: entry[0])
+        self._machines[_identity(winner)] = machine
+        default = next((s for s, d, _ in timed if d == self.default), seconds)
         return winner, seconds, default
 
     def _raise_nothing(self) -> None:
@@ -329,10 +341,10 @@ def _outdated(log: Path, header: Mapping[str, Any]) -> str:
     return ""
 
 
-def _provenance() -> dict[str, Any]:
+def _provenance(machine: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return where a record comes from: who measured it (this machine by default), when, of which source."""
     return {
-        **host_identity(),
-        "versions": identify_versions(),
+        **(machine or {**host_identity(), "versions": identify_versions()}),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "source": source_digest(),
     }

@@ -7,14 +7,16 @@ decisions, not as programs: what is measured is what a build with these decision
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,14 @@ from tvmdcn.spec import DeformConv2dSpec, Extents, spec_from_json
 from tvmdcn.target import TargetInfo
 from tvmdcn.tensors import numpy_dtype
 
-__all__ = ["TOLERANCE", "Job", "Outcome", "Workers", "save_inputs"]
+__all__ = ["NO_ROOM", "TOLERANCE", "Job", "Outcome", "build_trial", "measure_trials", "save_inputs"]
 
 TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 """Largest error of an output that may win, relative to the largest value of the reference's."""
 
+NO_ROOM = "no room: "
+"""How a message begins that says that the disk is full."""
+_ROOM = 1 << 20  # bytes; a kernel takes some tens of thousands
 _BURST = 0.12  # seconds of calls in a measurement, at least
 _MOST_CALLS, _FEWEST_CALLS = 200, 5
 
@@ -87,12 +92,16 @@ class Outcome:
     error : float
         Largest error relative to the reference's largest value; NaN if nothing was computed.
     reason : str
-        Empty, or why it failed: "build", "crash", "time-out" or "wrong result", with a detail after a colon.
+        Empty, or why it failed: "build", "crash", "time-out", "wrong result" or "server lost", with a detail after a
+        colon.
+    machine : mapping
+        Who measured it, as provenance of a record says it; empty for this machine.
     """
 
     seconds: tuple[float, ...] = ()
     error: float = math.nan
     reason: str = ""
+    machine: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -106,25 +115,37 @@ class Outcome:
 
 
 def build_trial(job_data: Mapping[str, Any], decisions_data: Mapping[str, Any], name: str) -> str:
-    """Compile a candidate into ``<scratch>/<name>``; return an error, or an empty text. Runs in a worker."""
-    from tvmdcn.builder import compile_schedule, interface_of, new_schedule
+    """Compile a candidate into ``<scratch>/<name>``; return an error, or an empty text. Runs in a worker.
+
+    An error that begins with :data:`NO_ROOM` is not the candidate's.
+    """
     from tvmdcn.errors import BuildError
-    from tvmdcn.space import space_of
 
     job, decisions = Job.from_json(job_data), Decisions.from_json(decisions_data)
     directory = job.directory / name
+    try:
+        _build(job, decisions, directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return f"{NO_ROOM}{error}"
+    except BuildError as error:
+        full = shutil.disk_usage(job.directory).free < _ROOM
+        return f"{NO_ROOM}{directory}: {os.strerror(errno.ENOSPC)}" if full else str(error)
+    return ""
+
+
+def _build(job: Job, decisions: Decisions, directory: Path) -> None:
+    from tvmdcn.builder import compile_schedule, interface_of, new_schedule, write_library
+    from tvmdcn.space import space_of
+
     directory.mkdir(mode=0o700, exist_ok=True)
     sch = new_schedule(job.spec, job.target)
     space_of(job.spec.operator, job.target.kind).schedule(sch, job.spec, job.target, decisions)
-    try:
-        compile_schedule(job.spec, job.target, sch.mod).export_library(str(directory / "kernel.so"))
-    except BuildError as error:
-        return str(error)
-    interface = asdict(interface_of(job.spec, job.target, sch.mod))
+    write_library(compile_schedule(job.spec, job.target, sch.mod), job.target, directory / "kernel.so")
     manifest = directory / "manifest.json"
-    manifest.write_text(json.dumps(interface))
+    manifest.write_text(json.dumps(asdict(interface_of(job.spec, job.target, sch.mod))))
     manifest.chmod(0o600)
-    return ""
 
 
 def _load(job: Job, name: str) -> Any:
@@ -208,89 +229,3 @@ def measure_trials(
                 if spent > 10 * _BURST:
                     break
     return results
-
-
-class Workers:
-    """The processes of a tuning: some that build, one that measures while nothing else runs.
-
-    Parameters
-    ----------
-    job : Job
-    builders : int
-    build_timeout, run_timeout : float
-        Seconds after which a trial is given up, and its process killed.
-    """
-
-    def __init__(self, job: Job, builders: int, build_timeout: float = 60.0, run_timeout: float = 60.0) -> None:
-        from tvm.support.popen_pool import PopenPoolExecutor
-
-        self.job = job
-        self._data = job.to_json()
-        self._builders = PopenPoolExecutor(max_workers=builders, timeout=build_timeout)
-        self._runner = PopenPoolExecutor(max_workers=1, timeout=run_timeout)
-        self._count = 0
-
-    def __enter__(self) -> Workers:
-        """Return the workers; the end of the block ends their processes."""
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        """End the processes, whatever they are doing."""
-        for pool in (self._builders, self._runner):
-            pool.shutdown()
-
-    def build(self, candidates: Sequence[Decisions]) -> list[tuple[str, str]]:
-        """Compile candidates; return (name, reason of failure) for each."""
-        futures: list[tuple[str, Any]] = []
-        try:
-            return self._build(candidates, futures)
-        finally:
-            # After Ctrl-C, what has not begun must not begin: the pool would wait for it in the end.
-            for _, future in futures:
-                future.cancel()
-
-    def _build(self, candidates: Sequence[Decisions], futures: list[tuple[str, Any]]) -> list[tuple[str, str]]:
-        for decisions in candidates:
-            self._count += 1
-            name = f"trial{self._count}"
-            futures.append((name, self._builders.submit(build_trial, self._data, decisions.to_json(), name)))
-        results = []
-        for name, future in futures:
-            try:
-                message = future.result()
-                results.append((name, f"build: {message}" if message else ""))
-            except TimeoutError:
-                results.append((name, "time-out: build"))
-            except Exception as error:  # whatever a worker ends with is the trial's failure, not the tuning's
-                results.append((name, f"build: {_last_line(error)}"))
-        return results
-
-    def measure(self, name: str) -> Outcome:
-        """Check and measure one built candidate."""
-        return self.measure_together([name], 1)[0]
-
-    def measure_together(self, names: Sequence[str], rounds: int) -> list[Outcome]:
-        """Check and measure built candidates in turns, for a fair comparison."""
-        limit = TOLERANCE[self.job.spec.dtype]
-        try:
-            rows = self._runner.submit(measure_trials, self._data, list(names), rounds).result()
-        except TimeoutError:
-            return [Outcome(reason="time-out: run")] * len(names)
-        except Exception as error:  # the worker died, or the call raised: the trial's failure
-            return [Outcome(reason=f"crash: {_last_line(error)}")] * len(names)
-        return [
-            Outcome(tuple(times), error)
-            if error <= limit
-            else Outcome(error=error, reason=f"wrong result: relative error {error:.1e} above {limit:.0e}")
-            for times, error in rows
-        ]
-
-    def discard(self, name: str) -> None:
-        """Delete a built candidate."""
-        shutil.rmtree(self.job.directory / name, ignore_errors=True)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A traceback from a worker ends with what happened.
-    return lines[-1][:200] if lines else type(error).__name__

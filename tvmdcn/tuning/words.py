@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from tvmdcn.space import Decisions
 
-__all__ = ["describe_decisions"]
+__all__ = ["describe_decisions", "variant_parts"]
 
 # What the variants and the choices of schedules/llvm mean; what is not listed stands for itself. By how the name of a
 # variant begins: what it does, and what the other parts of the name say.
@@ -32,6 +32,19 @@ _CHOICES = {
     "register_outputs": "weight's gradient with {} output channels in registers",
     "unroll_pixels": "weight's gradient with its sum over pixels unrolled {} times",
 }
+# What the parts of a variant's name decide, by its first part.
+_PARTS = {
+    **dict.fromkeys(("full", "split"), ("reduction", "vectors", "plan per")),
+    **dict.fromkeys(("stored", "own", "shared"), ("order", "vectors")),
+    **dict.fromkeys(("mma", "simt", "gather"), ("product", "plan per")),
+}
+
+
+def variant_parts(variant: str) -> dict[str, str]:
+    """Return what the name of a variant decides, part by part; the whole name where its parts mean nothing here."""
+    parts = variant.split("-")
+    names = _PARTS.get(parts[0], ())
+    return dict(zip(names, parts, strict=True)) if len(names) == len(parts) else {"variant": variant}
 
 
 def describe_decisions(decisions: Decisions, granule: int) -> str:

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable convolution on NVIDIA GPUs: an implicit product of matrices whose left operand is sampled.
+
+    block of threads: a tile of output pixels x output channels
+        plan:    where each (offset group, tap, pixel) samples: four corners, four shares
+        per step of channels of a tap, overlapped with the step before:
+            weights:  16-byte asynchronous copies to shared memory, in the order in which they are multiplied
+            corner:   four 16-byte loads a thread and vector of channels, into registers
+            product:  operands from shared memory, sums in registers
+            columns:  corners times shares, to shared memory
+        output:  bias and layout
+
+Structural variants, named ``<product>-<plan>``:
+
+* product ``mma``: on tensor cores (float16, bfloat16; float32 rounded to tf32). ``simt``: multiply-adds of float32 and
+  float64. ``gather``: groups of few channels, depthwise among them; a thread samples what it multiplies, and nothing
+  goes through shared memory but the plan.
+* plan ``block``: for all taps of a block's pixels, in shared memory, where all channels of an offset group share it.
+  ``thread``: each thread plans its own samples, for many offset groups.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+from tvmdcn.schedules.cuda.threads import BARRIER, GRID, LANES, PIPELINE, Team, finish
+from tvmdcn.space import VARIANT, Choices, design_space
+from tvmdcn.spec import DeformConv2dSpec
+from tvmdcn.te.implicit_gemm import PIXELS
+from tvmdcn.te.products import padded, product_of
+from tvmdcn.te.sampling import plan_blocks
+from tvmdcn.te.tiles import ITEM_BYTES
+
+FUNCTION = DeformConv2dSpec.operator
+VECTOR_BYTES = 16
+"""The widest load of a thread."""
+TILE = 16
+"""Rows and columns of a tile of tensor cores."""
+_MOST_THREADS = 1024
+_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+def variants(spec: DeformConv2dSpec, target: Any) -> list[str]:
+    """Return the names of the variants that make sense for a layer, the default first."""
+    kind = product_of(spec).kind
+    # The plan of a block takes 32 bytes a sample; and with few channels in an offset group, few threads share it.
+    plans = ["block", "thread"] if spec.offset_groups * spec.taps <= 32 else ["thread", "block"]
+    return [f"{kind}-{plan}" for plan in plans]
+
+
+def naive(sch: Any, spec: DeformConv2dSpec) -> None:
+    """Leave everything as the algorithm is written."""
+
+
+@design_space(FUNCTION, "cuda", variants=variants, naive=naive, finish=finish)
+def deform_conv2d(sch: Any, spec: DeformConv2dSpec, target: Any, variant: str, choices: Choices) -> None:
+    """Schedule the forward of a deformable convolution."""
+    sch.work_on(FUNCTION)
+    sch.annotate(sch.get_sblock("pixel_n"), VARIANT, variant)
+    sch.compute_inline(sch.get_sblock("image_first"))
+    if spec.layout == "NCHW":
+        for loop, axis in zip(sch.get_loops(sch.get_sblock("channels_last")), "zxy", strict=True):
+            sch.bind(loop, f"blockIdx.{axis}")
+    kind, plan = variant.split("-")
+    {"mma": _tensor_cores, "simt": _multiply_adds, "gather": _gather}[kind](sch, spec, plan, choices)
+
+
+def _pick(choices: Choices, name: str, candidates: list[int], wish: int) -> int:
+    """Return the decision of a choice; by default the largest candidate that is not above `wish`."""
+    choices.pick(name, candidates, max((c for c in candidates if c <= wish), default=candidates[0]))
+    return choices.made[name]
+
+
+def _divisors(value: int, candidates: tuple[int, ...]) -> list[int]:
+    return [c for c in candidates if value % c == 0]
+
+
+def _vector(spec: DeformConv2dSpec) -> int:
+    """Return how many channels a thread samples at once: they lie in one group and one offset group."""
+    run = gcd(spec.in_channels // spec.groups, spec.in_channels // spec.offset_groups)
+    return gcd(run, VECTOR_BYTES // ITEM_BYTES[spec.dtype])
+
+
+def _tensor_cores(sch: Any, spec: DeformConv2dSpec, plan: str, choices: Choices) -> None:
+    """Schedule the product on tensor cores: a warp makes tiles of 16 x 16, which it keeps in 8 registers each."""
+    block, product = sch.get_sblock, sch.get_sblock("product")
+    made = product_of(spec)
+    assert made.fragments is not None
+    outputs = padded(spec.out_channels // spec.groups, made.width) // TILE
+    steps = padded(spec.in_channels // spec.groups, made.depth) // made.depth
+    rows = _pick(choices, "warp_rows", [1, 2, 4], 2)
+    width = _pick(choices, "warp_columns", _divisors(outputs, _COUNTS), 4)
+    down = _pick(choices, "warps_down", [1, 2, 4], 2)
+    across = _pick(choices, "warps_across", _divisors(outputs // width, _COUNTS), 4)
+    depth = _pick(choices, "step_depth", _divisors(steps, (1, 2, 3, 4, 6, 8)), 2)
+    overlap = _pick(choices, "overlap", [0, 1], 1)
+    team = Team(sch, down * across)
+
+    g, r, o, k, s, lane, _ = sch.get_loops(product)
+    tiles, warp_r, r = sch.split(r, [None, down, rows])
+    blocks, warp_o, o = sch.split(o, [None, across, width])
+    s, inner = sch.split(s, [None, depth])
+    sch.reorder(tiles, g, blocks, warp_r, warp_o, lane, k, s, inner, r, o)
+    step = _grid(sch, (tiles, g, blocks, warp_r, warp_o), lane, k, s, rows * down * TILE, overlap)
+
+    # Operands of a warp's tiles, and its sums, are registers.
+    for stage in (product, block("left")):
+        sch.set_scope(stage, 0, "local")
+    sch.compute_at(block("left"), inner)
+    right = sch.cache_read(product, 2, "local")
+    sch.compute_at(right, inner)
+    sch.vectorize(sch.get_loops(right)[-1])
+    for loop in (*sch.get_loops(block("left"))[5:], *sch.get_loops(right)[5:-1], inner, r, o):
+        sch.unroll(loop)
+    samples = _operands(sch, spec, team, step, depth * made.depth, overlap)
+
+    # A warp brings its own results into rows.
+    result, output = block("result"), block("output")
+    sch.reverse_compute_at(result, lane)
+    sch.set_scope(result, 0, "shared.dyn")
+    for loop in sch.get_loops(result)[4:]:
+        sch.unroll(loop)
+    sch.annotate(result, BARRIER, "block")
+    sch.reverse_compute_at(output, lane)
+    sch.annotate(output, BARRIER, "warp")
+    p, o = sch.get_loops(output)[-2:]
+    if spec.layout == "NCHW":
+        sch.reorder(o, p)
+        rounds, lanes = sch.split(sch.fuse(o, p), [None, LANES])
+    else:
+        vector = gcd(VECTOR_BYTES // ITEM_BYTES[spec.dtype], gcd(width * TILE, spec.out_channels // spec.groups))
+        o, vector_ = sch.split(o, [None, vector])
+        rounds, lanes = sch.split(sch.fuse(p, o), [None, LANES])
+        sch.vectorize(vector_)
+    sch.bind(lanes, "threadIdx.x")
+    sch.unroll(rounds)
+    _plan(sch, plan, team, lane, samples)
+    _start(sch, product, step)
+
+
+def _multiply_adds(sch: Any, spec: DeformConv2dSpec, plan: str, choices: Choices) -> None:
+    """Schedule the product without tensor cores: a thread makes a tile of pixels x vectors of output channels."""
+    block, product = sch.get_sblock, sch.get_sblock("product")
+    made, vector = product_of(spec), VECTOR_BYTES // ITEM_BYTES[spec.dtype]
+    outputs = padded(spec.out_channels // spec.groups, made.width) // vector
+    channels = padded(spec.in_channels // spec.groups, made.depth)
+    rows = _pick(choices, "thread_pixels", [1, 2, 4, 8], 4)
+    width = _pick(choices, "thread_vectors", _divisors(outputs, (1, 2, 4)), 2)
+    # Lanes of a warp: side by side along output channels, the rest along pixels.
+    beside = _pick(choices, "lanes_across", _divisors(outputs // width, (1, 2, 4, 8, 16)), 8)
+    down = _pick(choices, "warps_down", [1, 2, 4], 2)
+    across = _pick(choices, "warps_across", _divisors(outputs // width // beside, _COUNTS), 2)
+    depth = _pick(choices, "step_channels", _divisors(channels, (4, 8, 16, 32)), 16)
+    overlap = _pick(choices, "overlap", [0, 1], 1)
+    team = Team(sch, down * across)
+    # A tile must divide the padding of the pixels.
+    while down * (LANES // beside) * rows > PIXELS:
+        rows //= 2
+
+    g, p, o, k, c = sch.get_loops(product)
+    tiles, warp_p, lane_p, p = sch.split(p, [None, down, LANES // beside, rows])
+    blocks, warp_o, lane_o, o = sch.split(o, [None, across, beside, width * vector])
+    c, quad, inner = sch.split(c, [None, depth // made.depth, made.depth])
+    sch.reorder(tiles, g, blocks, warp_p, warp_o, lane_p, lane_o, k, c, quad, inner, p, o)
+    lane = sch.fuse(lane_p, lane_o)
+    step = _grid(sch, (tiles, g, blocks, warp_p, warp_o), lane, k, c, down * LANES // beside * rows, overlap)
+    sch.set_scope(product, 0, "local")
+    near = [sch.cache_read(product, 1, "local"), sch.cache_read(product, 2, "local")]
+    sch.compute_at(near[0], quad)
+    sch.compute_at(near[1], inner)
+    for stage in near:
+        sch.vectorize(sch.get_loops(stage)[-1])
+        for loop in sch.get_loops(stage)[5:-1]:
+            sch.unroll(loop)
+    for loop in (inner, p, o):
+        sch.unroll(loop)
+    samples = _operands(sch, spec, team, step, depth, overlap)
+
+    output = block("output")
+    sch.reverse_compute_at(output, lane)
+    p, o = sch.get_loops(output)[4:]
+    if spec.layout == "NHWC":
+        o, lanes = sch.split(o, [None, gcd(vector, spec.out_channels // spec.groups)])
+        sch.vectorize(lanes)
+    for loop in (p, o):
+        sch.unroll(loop)
+    _plan(sch, plan, team, lane, samples)
+    _start(sch, product, step)
+
+
+def _grid(sch: Any, loops: tuple[Any, ...], lane: Any, k: Any, s: Any, pixels: int, overlap: int) -> Any:
+    """Bind the outer loops of the product, and return the loop over steps of its reduction."""
+    tiles, g, blocks, warp_r, warp_o = loops
+    blocks, warp, step = sch.fuse(g, blocks), sch.fuse(warp_r, warp_o), sch.fuse(k, s)
+    for loop, axis in ((tiles, "blockIdx.x"), (blocks, "blockIdx.y"), (warp, "threadIdx.y"), (lane, "threadIdx.x")):
+        sch.bind(loop, axis)
+    sch.annotate(tiles, GRID, pixels)
+    sch.annotate(step, PIPELINE, overlap)
+    return step
+
+
+def _operands(sch: Any, spec: DeformConv2dSpec, team: Team, step: Any, channels: int, overlap: int) -> list[Any]:
+    """Schedule a step's part of both operands: ``weights``, ``corner`` and ``columns``.
+
+    Returns the loops of ``corner`` and ``columns`` inside which is all of a sample.
+    """
+    block, vector = sch.get_sblock, _vector(spec)
+    corner, column, columns, weights = (block(name) for name in ("corner", "column", "columns", "weights"))
+    for stage in (columns, weights):
+        sch.set_scope(stage, 0, "shared.dyn")
+        sch.compute_at(stage, step)
+    team.share(sch.get_loops(weights)[5:])
+    for stage in (column, corner):
+        sch.set_scope(stage, 0, "local")
+        sch.compute_at(stage, step)
+    vectors = channels // vector
+    together = gcd(vectors, team.threads)  # threads side by side on one pixel
+    samples = []
+    for stage in (corner, columns):
+        pixel, *corners, channel = sch.get_loops(stage)[5:]
+        # A thread's pixels side by side: what TVM takes for the size of `corner` is the distance between them.
+        mine, pixel = sch.split(pixel, [team.threads // together, None])
+        rounds, channel, lanes = sch.split(channel, [None, together, vector])
+        sch.reorder(mine, channel, pixel, rounds, *corners, lanes)
+        team.bind(sch.fuse(mine, channel))
+        for loop in (pixel, rounds, *corners):
+            sch.unroll(loop)
+        sch.vectorize(lanes)
+        samples.append(rounds)
+    # Sums are made one by one: TVM has no vectors of eight floats for CUDA.
+    sch.compute_at(column, rounds)
+    sch.unroll(sch.get_loops(column)[-1])
+    # Rows of the tile begin in different banks of shared memory.
+    sch.storage_align(columns, 0, -2, 32, VECTOR_BYTES // ITEM_BYTES[spec.dtype])
+    if overlap:
+        sch.annotate(columns, "double_buffer_scope", 0)
+    return samples
+
+
+def _plan(sch: Any, plan: str, team: Team, lane: Any, samples: list[Any]) -> None:
+    """Schedule the sampling plan; `samples` are the loops in which ``corner`` and ``columns`` need it."""
+    block, pixels = sch.get_sblock, ("pixel_1", "pixel_0", "pixel", "pixel_n")
+    merged = None
+    if plan == "block":
+        # For all taps of a block's pixels: in shared memory, a sample a thread.
+        plans = []
+        for name in ("share", "place"):
+            stage = block(name)
+            sch.set_scope(stage, 0, "shared.dyn")
+            sch.compute_at(stage, lane)
+            *loops, corners = sch.get_loops(stage)[4:]
+            plans.append(sch.fuse(*loops))
+            sch.unroll(corners)
+        merged = sch.merge(*reversed(plans))
+        for name in plan_blocks(2):
+            sch.set_scope(block(name), 0, "local")
+            sch.compute_at(block(name), merged)
+    else:
+        _plan_of_thread(sch, samples)
+    # All are placed before any is spread over threads: of a guarded loop TVM takes the whole range for what is read.
+    for name in pixels:
+        sch.set_scope(block(name), 0, "shared.dyn")
+        sch.compute_at(block(name), lane)
+    for name in pixels:
+        team.share(sch.get_loops(block(name))[4:])
+        if name != "pixel_n":
+            sch.annotate(block(name), BARRIER, "block")
+    if merged is not None:
+        sch.annotate(team.share([merged]), BARRIER, "block")
+
+
+def _plan_of_thread(sch: Any, samples: list[Any]) -> None:
+    """Schedule the plan of each sample where it is needed: places before the corners are read, shares after."""
+    block = sch.get_sblock
+    for name, loop in zip(("place", "share"), samples, strict=True):
+        stage = block(name)
+        sch.set_scope(stage, 0, "local")
+        sch.compute_at(stage, loop)
+        sch.unroll(sch.get_loops(stage)[-1])
+    for name in plan_blocks(2):
+        if name.startswith(("index", "low", "high")):
+            at = sch.get_loops(block("place"))[-2]
+        elif name.startswith(("weight", "fraction")):
+            at = sch.get_loops(block("share"))[-2]
+        else:
+            sch.compute_inline(block(name))
+            continue
+        sch.set_scope(block(name), 0, "local")
+        sch.compute_at(block(name), at)
+
+
+def _start(sch: Any, product: Any, step: Any) -> None:
+    """Set the sums to zero before the steps."""
+    init = sch.decompose_reduction(product, step)
+    for loop in sch.get_loops(init)[4:]:
+        sch.unroll(loop)
+    sch.annotate(init, BARRIER, "block")  # the plan is made
+
+
+def _gather(sch: Any, spec: DeformConv2dSpec, plan: str, choices: Choices) -> None:
+    """Schedule grouped layers: a thread samples the channels of its groups and multiplies them by itself."""
+    block, product = sch.get_sblock, sch.get_sblock("product")
+    in_group, out_group = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    # Vectors of channels: of a group, or, where it has only one, of neighbouring groups.
+    beside = _vector_of_groups(spec)
+    rows = _pick(choices, "thread_pixels", [1, 2, 4, 8], 2)
+    across = _pick(choices, "lanes_across", _divisors(spec.groups // beside, (1, 2, 4, 8, 16, 32)), 8)
+    warps = _pick(choices, "warps", [1, 2, 4, 8], 4)
+    while warps * (LANES // across) * rows > PIXELS:
+        rows //= 2
+    team = Team(sch, warps)
+
+    g, p, o, k, c = sch.get_loops(product)
+    tiles, warp, lane_p, p = sch.split(p, [None, warps, LANES // across, rows])
+    blocks, lane_g, g = sch.split(g, [None, across, beside])
+    sch.reorder(tiles, blocks, warp, lane_p, lane_g, k, c, o, p, g)
+    lane = sch.fuse(lane_p, lane_g)
+    for loop, axis in ((tiles, "blockIdx.x"), (blocks, "blockIdx.y"), (warp, "threadIdx.y"), (lane, "threadIdx.x")):
+        sch.bind(loop, axis)
+    sch.annotate(tiles, GRID, warps * LANES // across * rows)
+    sch.set_scope(product, 0, "local")
+    for loop in (c, o, p, g):
+        sch.unroll(loop)
+
+    samples: list[Any] = []
+    if in_group == 1:  # vectors of groups lie side by side in registers, too
+        sch.transform_layout(block("corner"), ("write", 0), lambda g, k, p, q, c: (k, p, q, c, g))
+    for name in ("columns", "column", "corner"):
+        stage = block(name)
+        sch.set_scope(stage, 0, "local")
+        sch.compute_at(stage, k, preserve_unit_loops=True)
+        groups, _, pixel, *corners, channel = sch.get_loops(stage)[5:]
+        channel, lanes = sch.split(channel, [None, 1 if in_group == 1 else _vector(spec)])
+        sch.reorder(pixel, channel, *corners, groups, lanes)
+        for loop in (pixel, channel, *corners, groups, lanes):
+            sch.unroll(loop)
+        if name == "corner":
+            sch.vectorize(groups if in_group == 1 else lanes)
+        if name != "columns":
+            samples.insert(0, channel)
+    output = block("output")
+    sch.reverse_compute_at(output, lane, preserve_unit_loops=True)
+    g, p, o = sch.get_loops(output)[4:]
+    loops = [p, g, o] if in_group > 1 else [p, o, g]
+    sch.reorder(*loops)
+    if spec.layout == "NHWC" and (in_group > 1 or out_group == 1):
+        vector, lanes = sch.split(loops.pop(), [None, _stored(spec, beside)])
+        sch.vectorize(lanes)
+        loops.append(vector)
+    for loop in loops:
+        sch.unroll(loop)
+    _plan(sch, plan, team, lane, samples)
+    _start(sch, product, k)
+
+
+def _vector_of_groups(spec: DeformConv2dSpec) -> int:
+    """Return how many neighbouring groups a thread does: those of a vector, where a group is one channel."""
+    if spec.in_channels != spec.groups:
+        return 1
+    return gcd(spec.groups // spec.offset_groups, VECTOR_BYTES // ITEM_BYTES[spec.dtype])
+
+
+def _stored(spec: DeformConv2dSpec, beside: int) -> int:
+    """Return how many output channels a thread can store at once."""
+    run = beside if spec.in_channels == spec.groups else spec.out_channels // spec.groups
+    return gcd(run, VECTOR_BYTES // ITEM_BYTES[spec.dtype])

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How columns and weight are multiplied on a GPU, and the weight in the order in which that is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import te, tirx
+from tvm.s_tir import Schedule
+
+from tvmdcn.spec import DeformConv2dSpec
+from tvmdcn.te.fragments import LANES, TILE, TO_TF32, WORDS, Fragments, fragments_of
+from tvmdcn.te.nests import with_alignment
+from tvmdcn.te.tiles import ITEM_BYTES, cast
+
+__all__ = ["Product", "pack_weight", "packed_dtype", "packed_shape", "padded", "product_of"]
+
+Expr = Any
+
+# Fewer channels in a group are not worth a product of matrices: each thread sums up its own.
+_LEAST_GROUP = 16
+
+
+@dataclass(frozen=True)
+class Product:
+    """How columns and weight are multiplied.
+
+    Attributes
+    ----------
+    kind : {"mma", "simt", "gather"}
+        On tensor cores; by threads that share columns and weight; by threads that sample for themselves (grouped and
+        depthwise layers).
+    depth : int
+        Channels of a group are padded with zeros to a multiple of this.
+    width : int
+        Likewise output channels of a group.
+    fragments : Fragments or None
+        Of the tensor cores.
+    """
+
+    kind: str
+    depth: int
+    width: int
+    fragments: Fragments | None = None
+
+
+def product_of(spec: DeformConv2dSpec) -> Product:
+    """Return how a layer's product is made."""
+    narrow = min(spec.in_channels, spec.out_channels) // spec.groups < _LEAST_GROUP
+    if spec.groups > 1 and narrow:
+        return Product("gather", 1, 1)
+    if spec.dtype in ("float16", "bfloat16") or spec.tf32:
+        fragments = fragments_of(spec.dtype)
+        return Product("mma", fragments.depth, TILE, fragments)
+    return Product("simt", 4, TILE)
+
+
+def padded(value: int, multiple: int) -> int:
+    """Return `value` rounded up."""
+    return -(-value // multiple) * multiple
+
+
+def packed_shape(spec: DeformConv2dSpec) -> tuple[int, ...]:
+    """Return the shape of the packed weight.
+
+    * mma: (groups, taps, channel blocks, output blocks, lanes, words), each lane's share of a 16-column operand side by
+      side;
+    * simt: (groups, taps, channels of a group, output channels of a group in vectors of 16 bytes, their elements);
+    * gather: (taps, channels of a group, output channels of a group, groups), so that threads side by side, which work
+      on neighbouring groups, read side by side.
+    """
+    product = product_of(spec)
+    depth = padded(spec.in_channels // spec.groups, product.depth)
+    width = padded(spec.out_channels // spec.groups, product.width)
+    if product.fragments is not None:
+        return (spec.groups, spec.taps, depth // product.fragments.depth, width // TILE, LANES, WORDS)
+    if product.kind == "gather":
+        return (spec.taps, depth, width, spec.groups)
+    vector = 16 // ITEM_BYTES[spec.dtype]
+    return (spec.groups, spec.taps, depth, width // vector, vector)
+
+
+def packed_dtype(spec: DeformConv2dSpec) -> str:
+    """Return the dtype of the packed weight: that of sums, or words of 32 bits for tensor cores."""
+    return spec.accumulator_dtype if product_of(spec).fragments is None else "uint32"
+
+
+def pack_weight(spec: DeformConv2dSpec) -> tirx.PrimFunc:
+    """Return ``pack_weight(weight, packed)`` as TIR, with its threads.
+
+    From ``[Cout, Cin/groups*K]``, the weight as a matrix, to `packed_shape`; what fills up channels is zeros.
+    """
+    product, taps = product_of(spec), spec.taps
+    in_group, per_group = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    weight = te.placeholder((spec.out_channels, in_group * taps), spec.dtype, name="weight")
+    zero = tirx.const(0.0, spec.dtype)
+
+    def element(g: Expr, k: Expr, c: Expr, o: Expr) -> Expr:
+        row = g * per_group + te.min(o, per_group - 1)
+        value = weight[row, te.min(c, in_group - 1) * taps + k]
+        return tirx.Select(tirx.all(c < in_group, o < per_group), value, zero)
+
+    def word(*at: Expr) -> Expr:
+        g, k, s, block, lane, number = at
+        fragments = product.fragments
+        assert fragments is not None
+        parts = []
+        for part in range(fragments.packing):
+            row, column = fragments.right_element(lane, number, part)
+            value = element(g, k, s * fragments.depth + row, block * TILE + column)
+            if fragments.packing == 1:
+                return tirx.reinterpret("uint32", TO_TF32(value))
+            parts.append(tirx.reinterpret("uint16", value).astype("uint32"))
+        return parts[0] | (parts[1] << tirx.const(16, "uint32"))
+
+    def number(*at: Expr) -> Expr:
+        if product.kind == "gather":
+            k, c, o, g = at
+        else:
+            g, k, c, vector, lane = at
+            o = vector * (16 // ITEM_BYTES[spec.dtype]) + lane
+        return cast(element(g, k, c, o), spec.dtype, spec.accumulator_dtype)
+
+    compute = number if product.fragments is None else word
+    packed = te.compute(packed_shape(spec), compute, name="packed")
+    func = with_alignment(te.create_prim_func([weight, packed]), {"weight": ITEM_BYTES[spec.dtype]})
+    sch = Schedule(func)
+    loop = sch.fuse(*sch.get_loops(sch.get_sblock("packed")))
+    blocks, threads = sch.split(loop, [None, 256])
+    sch.bind(blocks, "blockIdx.x")
+    sch.bind(threads, "threadIdx.x")
+    return sch.mod["main"]
