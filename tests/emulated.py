@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
 import subprocess
@@ -119,3 +120,19 @@ def vector_multiplications(code: bytes, lanes: int) -> int:
     whole = (words & 0xFFE0FC00) == 0x4E20CC00 | double  # Vd, Vn, Vm
     element = (words & 0xFFC0F400) == 0x4F801000 | double  # Vd, Vn, one lane of Vm
     return int((whole | element).sum())
+
+
+def device_code(library: Path) -> tuple[int, bytes]:
+    """Return the machine code for a GPU that a library holds, a cubin, and its compute capability, as 90 for sm_90."""
+    data = library.read_bytes()
+    places = [found.start() for found in re.finditer(b"\x7fELF", data)][1:]
+    cubins = [at for at in places if struct.unpack_from("<H", data, at + 18)[0] == 190]  # EM_CUDA
+    assert len(cubins) == 1, f"{library} holds {len(cubins)} cubins"
+    at = cubins[0]
+    flags = struct.unpack_from("<I", data, at + 48)[0]
+    programs, sections = struct.unpack_from("<2Q", data, at + 32)
+    program_size, programs_count, section_size, sections_count = struct.unpack_from("<4H", data, at + 54)
+    end = max(programs + program_size * programs_count, sections + section_size * sections_count)
+    # CUDA 13's cubins (ABI 8) have the capability in the second byte, older ones in the first.
+    capability = flags >> 8 & 0xFF if data[at + 8] >= 8 else flags & 0xFF
+    return capability, data[at : at + end]

@@ -7,6 +7,7 @@ the parent looks at what is left. One line of JSON per attempt goes to the stand
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -36,8 +37,15 @@ SIZE = Extents(1, 3, 3)
 _WANTED = 200  # trials: more than there is time for
 
 
-def forked(work: Callable[[Callable[[str], None]], None], delay: float) -> tuple[list[str], bool, float]:
-    """Run something in a child, kill it after a delay; return what it said, whether it had ended, and its time."""
+def forked(
+    work: Callable[[Callable[[str], None]], None], delay: float, words: int = 0
+) -> tuple[list[str], bool, float]:
+    """Run something in a child, and kill it a moment after it has said so many words.
+
+    Returns
+    -------
+    all its words, whether it had ended before, its time in seconds
+    """
     reader, writer = os.pipe()
     start = time.monotonic()
     child = os.fork()
@@ -50,17 +58,22 @@ def forked(work: Callable[[Callable[[str], None]], None], delay: float) -> tuple
         finally:
             os._exit(status)
     os.close(writer)
-    while time.monotonic() < start + delay and os.waitpid(child, os.WNOHANG)[0] == 0:
+    said = b""
+    while said.count(b"\n") < words and (part := os.read(reader, 4096)):
+        said += part
+    begin, status = time.monotonic(), None
+    while time.monotonic() < begin + delay and status is None:
+        done, found = os.waitpid(child, os.WNOHANG)
+        status = found if done else None
         time.sleep(0.001)
-    try:
+    if status is None:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-    except (ProcessLookupError, ChildProcessError):
-        status = 0
     spent = time.monotonic() - start
-    with open(reader, "rb") as said:
-        words = said.read().decode().split("\n")
-    return words[:-1], not os.WIFSIGNALED(status), spent
+    with open(reader, "rb") as rest:
+        said += rest.read()
+    assert status in (0, signal.SIGKILL), f"the child ended with status {status}"
+    return said.decode().splitlines(), status == 0, spent
 
 
 def delays(attempts: int, longest: float) -> Iterator[float]:
@@ -161,6 +174,7 @@ class HereWorkers:
 
 def tune(root: Path, count: int, inside: bool) -> None:
     """Tune; `inside` one process, or with workers as a user has them."""
+    importlib.import_module("xgboost")  # half a second, once
     if inside:
         tuner.Workers = HereWorkers  # type: ignore[misc,assignment]
     target = detect_target()
@@ -192,10 +206,11 @@ def tune(root: Path, count: int, inside: bool) -> None:
             "wrong": [row["reason"] for row in rows if row["reason"]],
         }
 
-    longest = 3.0 if inside else 12.0
-    for delay in delays(count, longest):
-        words, ended, _ = forked(work, delay)
-        print(json.dumps({"killed": not ended, "delay": delay, **look(words, ended)}), flush=True)
+    rng = random.Random(count)
+    for number in range(count):
+        # While it begins, and then after so many words; a trial is one, and a round has two more.
+        words, ended, _ = forked(work, rng.random() * 0.6, 0 if number % 4 == 0 else rng.randrange(1, 7))
+        print(json.dumps({"killed": not ended, **look(words, ended)}), flush=True)
     result = tuner.tune(SPEC, SIZE, trials=len(before) + 1, threads=1, records=root, name="layer")
     print(json.dumps({"trials": result.trials, "new": result.new_trials, "was": len(before)}), flush=True)
 

@@ -46,9 +46,8 @@ class PretendArrays(TorchCudaArrays):
     def gpu(self, array: Any) -> tuple[int, bool]:
         return self.place(array), False
 
-    @staticmethod
-    def key(*arrays: Any) -> tuple[Any, ...]:
-        return TorchCudaArrays.key(*arrays)
+    def key(self, *arrays: Any) -> tuple[Any, ...]:
+        return (*super().key(*arrays), *[None if a is None else self.place(a) for a in arrays])
 
     def _check_place(self, name: str, array: Any) -> None:
         pass

@@ -12,12 +12,13 @@ import pytest
 from compiled import error_of
 from handmade import variant
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("tvm")
 if shutil.which("g++") is None:
     pytest.skip("the emulator needs g++", allow_module_level=True)
 
 import pretend_gpu
+import torch
 import tvm
 from cuda_emulator.host import compile_for_emulation
 
@@ -233,7 +234,7 @@ def test_arrays_and_gpus_of_another_kind(gpu, monkeypatch, tmp_path):
 
     from tvmdcn.arrays import arrays_of
 
-    program, interface = program_of(TENSOR_CORES)
+    _, interface = program_of(TENSOR_CORES)
     kernel = pretend_gpu.kernel_of(TENSOR_CORES, TARGET, interface)
     monkeypatch.setattr(cuda_kernel, "arrays_of", arrays_of)
     arguments, _ = arguments_of(TENSOR_CORES, Extents(1, 6, 7))

@@ -250,7 +250,7 @@ def test_command_is_installed(python: Path, tmp_path: Path) -> None:
     command = python.parent / "tvmdcn"
     text = run([command, "--help"], tmp_path)
     listed = re.findall(r"^  ([a-z]+)  ", text.partition("Commands:")[2], re.MULTILINE)
-    assert listed == ["tune", "build", "pack", "benchmark", "report", "info"]
+    assert listed == ["tune", "records", "build", "pack", "benchmark", "onnx", "stages", "report", "info"]
     assert PROJECT["project"]["version"] in run([command, "--version"], tmp_path)
     assert "TVMDCN_CACHE_DIR" in run([command, "info"], tmp_path)
 

@@ -15,8 +15,11 @@ from compiled import error_of
 
 from tvmdcn import linking
 from tvmdcn.artifact import Artifact
+from tvmdcn.cuda_compiler import disassemble
+from tvmdcn.cuda_libraries import find_tool
 from tvmdcn.errors import ArtifactError, BuildError
 from tvmdcn.linking import cross_command, linker_for
+from tvmdcn.packs.manifest import CUDA_LIBRARY
 from tvmdcn.packs.pack import KernelPack
 from tvmdcn.reference import reference
 from tvmdcn.reference_grad import expected_gradients
@@ -165,3 +168,27 @@ def test_object_files_are_all_that_is_needed(tmp_path, cross_built):
         pytest.skip("there is no readelf: apt-get install binutils")
     text = subprocess.run([readelf, "-Wd", artifact.library], capture_output=True, text=True, check=True).stdout
     assert "NEEDED" not in text
+
+
+# --- GPUs that are not here ------------------------------------------------------------------------------------------
+
+
+def test_a_pack_for_gpus_holds_machine_code_of_each(tmp_path, session_cache_dir, no_packs):
+    """Built in a process of its own: on a machine without a driver, a stand-in for it is loaded."""
+    if find_tool("nvcc") is None:
+        pytest.skip("there is no nvcc: install a CUDA toolkit")
+    place = tmp_path / "dcn_pack"
+    layer = ("--problem", "1,32,16,16,32,dtype=float16")
+    targets = ("--target", "cuda-sm_80", "--target", "cuda-sm_90")
+    command = [sys.executable, "-m", "tvmdcn", "pack", *layer, *targets, "-o", place]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pack = KernelPack.read(place)
+    pack.verify()
+    assert [kernel.target.tag for kernel in pack.kernels] == ["cuda-sm_80", "cuda-sm_90"]
+    assert (place / "runtime" / detect_target().arch / CUDA_LIBRARY).is_file()
+    for kernel, expected in zip(pack.kernels, (80, 90), strict=True):
+        capability, code = emulated.device_code(place / kernel.path / "kernel.so")
+        assert capability == expected
+        if find_tool("nvdisasm") is not None:
+            assert any("HMMA" in text for text in disassemble(code).values())  # tensor cores

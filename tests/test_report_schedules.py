@@ -428,3 +428,14 @@ def test_too_many_texts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(unpacked(found.html)) == 1
     assert found.html.count("would make the page too large") == 2
     assert section([]) is None
+
+
+def test_a_schedule_for_a_gpu_is_compiled_where_there_is_a_compiler() -> None:
+    view = view_of("depthwise@cuda-sm_90:default")
+    assert view.facts["target"] == "cuda-sm_90"
+    assert {"trace", "TIR"} <= set(view.texts)
+    if view.notes:
+        assert "Without generated code" in view.notes[0]
+        pytest.skip(view.notes[0][:200])
+    assert "__global__" in view.texts["CUDA source"]
+    assert any(name.endswith(": registers") for name in view.resources)

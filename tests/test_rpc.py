@@ -40,7 +40,7 @@ KEY = "room"
 # A server that does not answer for so long is lost; on a busy machine one that is well may take seconds.
 SILENCE = 8.0
 # What takes seconds takes a minute on a busy machine; more means that something hangs.
-PATIENCE = 150.0
+PATIENCE = 240.0
 
 
 def wait_for(what: Callable[[], object], words: str) -> object:
@@ -59,13 +59,14 @@ class Room:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}  # by address, which one may have after another
         self.tracker = self._start("tracker", "tvm.exec.rpc_tracker", 9190)
 
     def add_server(self, key: str = KEY, **settings: str) -> str:
         """Start a server on one processor; return its address."""
         words = ("--tracker", self.tracker, "--key", key)
-        address = self._start(f"server{len(self._processes)}", "tvm.exec.rpc_server", 9390, *words, **settings)
+        address = self._start(f"server{len(self._started)}", "tvm.exec.rpc_server", 9390, *words, **settings)
         tracker = Tracker(parse_address(self.tracker), PATIENCE)
         wait_for(lambda: address in tracker.servers().get(key, []), f"{address} is registered")
         tracker.close()
@@ -95,6 +96,7 @@ class Room:
                 env={**os.environ, "TMPDIR": str(folder), **settings},
                 start_new_session=True,
             )
+        self._started.append(process)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(process.pid, available_processors()[:1])  # before it has imported anything
 
@@ -114,7 +116,7 @@ class Room:
 
     def close(self) -> None:
         """End all."""
-        for process in self._processes.values():
+        for process in self._started:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -6,6 +6,7 @@ The tests with `FakeWorkers` build and run nothing: they are about what a sessio
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -42,7 +43,7 @@ from tvmdcn.te import operator_of
 from tvmdcn.tuning import session as session_module
 from tvmdcn.tuning import trial
 from tvmdcn.tuning import tuner as tuner_module
-from tvmdcn.tuning.farm import ServersLost
+from tvmdcn.tuning.farm import Machine, ServersLost
 from tvmdcn.tuning.history import read_log
 from tvmdcn.tuning.records import META, TuningRecords
 from tvmdcn.tuning.search import Search, uninterrupted
@@ -604,6 +605,32 @@ def test_records_say_which_machine_measured_the_winner(tmp_path: Path, pretend: 
     provenance = tune_many(tmp_path).record.provenance
     assert provenance["cpu"] == "machine 7"
     assert {"date", "source"} <= set(provenance)
+
+
+class PretendedFarm:
+    """Servers of another target with four threads; what they answer, `FakeWorkers` says."""
+
+    machine = Machine(resolve_target("neoverse-n1"), 4, {"cpu": "a server's", "versions": {}})
+
+    @contextlib.contextmanager
+    def opened(self, target: object, threads: int | None) -> Iterator[Machine]:
+        assert (target, threads) == (None, None)
+        yield self.machine
+
+
+def test_farm_decides_target_and_threads_and_is_the_provenance(tmp_path: Path, pretend: Callable[..., None]) -> None:
+    def interrupt(place: int) -> Outcome:
+        raise KeyboardInterrupt
+
+    # The trials are of an earlier run, whose machines nobody has noted.
+    pretend(milliseconds(2, 1), interrupt)
+    for _ in range(2):
+        options = {"trials": 2, "records": tmp_path, "name": "small", "farm": PretendedFarm()}
+        record = tune(MANY.spec, MANY.extents, **options).record
+    assert record.threads == 4
+    assert record.provenance["cpu"] == "a server's"
+    assert TuningRecords.read(tmp_path, "llvm-neoverse-n1").records == [record]
+    assert (tmp_path / "llvm-neoverse-n1" / "trials" / "small-t4.jsonl").is_file()
 
 
 @pytest.mark.parametrize(

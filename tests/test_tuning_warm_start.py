@@ -44,7 +44,7 @@ def test_the_nearest_comes_first(root: Path) -> None:
     keep(root, OTHER.tag, "1,64,20,20,64,og=2", "other target, this layer")
     keep(root, OTHER.tag, "1,64,20,20,128,og=2", "other target, twice the outputs")
     keep(root, TARGET.tag, "1,64,20,20,64,og=2,k=5", "other kernel")
-    keep(root, TARGET.tag, "1,64,20,20,64,og=4,k=5", "other kernel and offset groups")
+    keep(root, TARGET.tag, "1,64,20,20,64,og=4", "other offset groups")
     keep(root, TARGET.tag, "1,64,20,20,64,og=2", "this layer")
     keep(root, TARGET.tag, "1,64,20,20,256,og=2", "four times the outputs")
     keep(root, TARGET.tag, "1,64,20,20,128,og=2", "twice the outputs")
@@ -53,8 +53,6 @@ def test_the_nearest_comes_first(root: Path) -> None:
         "this layer",
         "twice the outputs",
         "four times the outputs",
-        "other kernel",
-        "other kernel and offset groups",
         "other target, this layer",
         "other target, twice the outputs",
     ]

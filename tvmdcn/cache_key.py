@@ -69,7 +69,8 @@ def package_directory(name: str) -> Path:
 def source_digest() -> str:
     """Return the digest of the code that generates kernels: ``te/``, ``schedules/`` and what builds them."""
     here = Path(__file__).parent
-    files = [here / "builder.py", here / "space.py", *sorted((here / "te").rglob("*.py"))]
+    compilers = ("builder.py", "space.py", "cuda_compiler.py", "cuda_module.py", "nvrtc.py")
+    files = [*(here / name for name in compilers), *sorted((here / "te").rglob("*.py"))]
     named = [(str(path.relative_to(here)), path) for path in files if path.is_file()]
     schedules = package_directory("schedules")
     named += [(f"schedules/{path.relative_to(schedules)}", path) for path in sorted(schedules.rglob("*.py"))]

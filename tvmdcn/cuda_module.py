@@ -16,7 +16,7 @@ import tvm_ffi
 from tvmdcn.cuda_compiler import TIMEOUT, CompiledSource, KernelResources, compile_source
 from tvmdcn.cuda_libraries import load_runtime_to_build
 from tvmdcn.errors import BuildError
-from tvmdcn.gpus import occupancy
+from tvmdcn.gpus import GPUS, occupancy
 
 __all__ = ["compile_module"]
 
@@ -149,4 +149,14 @@ def _with_launch(kernel: KernelResources, launch: tuple[int, int] | None, arch: 
         return kernel
     threads, shared = launch[0], kernel.shared_bytes + launch[1]
     held = occupancy(arch, threads, kernel.registers, shared)
+    if not held.blocks and held.limit == "shared memory":
+        raise BuildError(
+            f"too much shared memory: a block of {kernel.name} takes {shared} bytes, and {arch} has "
+            f"{GPUS[arch].shared_block_bytes} for one."
+        )
+    if not held.blocks:
+        raise BuildError(
+            f"too many registers: {kernel.name} takes {kernel.registers} for each of {threads} threads of a block, and "
+            f"{arch} has {GPUS[arch].registers}."
+        )
     return replace(kernel, threads=threads, shared_bytes=shared, occupancy=held.fraction, limit=held.limit)

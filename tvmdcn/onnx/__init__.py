@@ -15,7 +15,7 @@ from tvmdcn.extras import require
 if TYPE_CHECKING:
     from tvmdcn.onnx.layers import find_layers
     from tvmdcn.onnx.node import LayerNode
-    from tvmdcn.onnx.openvino_extension import openvino_extension
+    from tvmdcn.onnx.openvino_frontend import openvino_extension
     from tvmdcn.onnx.session import InferenceSession
     from tvmdcn.onnx.values import ValueInfo
 
@@ -32,7 +32,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     """Import what is asked for."""
     if name == "openvino_extension":  # which needs neither onnx nor onnxruntime
-        from tvmdcn.onnx.openvino_extension import openvino_extension
+        from tvmdcn.onnx.openvino_frontend import openvino_extension
 
         return openvino_extension
     if name not in _MODULES:

@@ -13,7 +13,7 @@ from typing import Any
 from tvmdcn.artifact import Artifact, artifacts
 from tvmdcn.bench.measurement import Measurement
 from tvmdcn.cache_key import source_digest
-from tvmdcn.errors import RecordsError, SpecError, TvmdcnError
+from tvmdcn.errors import BuildError, RecordsError, SpecError, TvmdcnError
 from tvmdcn.problems import parse_problem
 from tvmdcn.report.machine_code import MachineCode, disassemble
 from tvmdcn.space import Decisions, space_of
@@ -191,7 +191,7 @@ def _made(
     notes: tuple[str, ...],
 ) -> ScheduleView:
     """Schedule and compile a layer, and return what came out."""
-    from tvmdcn.builder import compile_schedule, naive_schedule, new_schedule
+    from tvmdcn.builder import compile_kernels, compile_schedule, naive_schedule, new_schedule
 
     if schedule == "naive":
         sch, made, trace = naive_schedule(spec, target), Decisions("", {}), ""
@@ -206,7 +206,13 @@ def _made(
         loops, resources = _from_code(MachineCode.of_assembly(assembly).only(spec.operator))
         texts |= loops
     else:
-        notes = (*notes, f"What is generated for {target.tag} is shown from an artifact: name its folder.")
+        try:
+            device = compile_kernels(spec, target, sch.mod)[1].to_json()
+        except BuildError as error:  # no compiler for it here
+            notes = (*notes, f"Without generated code: {error} An artifact's folder shows it too.")
+        else:
+            found, resources = _from_device(None, device)
+            texts |= found
     return ScheduleView(title, facts, _words(made.to_json()), _filled(texts), resources, notes)
 
 
@@ -263,14 +269,14 @@ def _from_code(code: MachineCode) -> tuple[dict[str, str], dict[str, float | str
     return {"inner loops": "\n".join(shown)}, uses
 
 
-def _from_device(folder: Path, device: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, float | str]]:
+def _from_device(folder: Path | None, device: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, float | str]]:
     """Return what an artifact for a GPU carries besides: source, code, and what the compiler said it uses."""
     texts = {}
     for name, title in _DEVICE_TEXTS.items():
-        beside = folder / f"kernel.{'cu' if name == 'cuda' else name}"
+        beside = None if folder is None else folder / f"kernel.{'cu' if name == 'cuda' else name}"
         if isinstance(device.get(name), str):
             texts[title] = device[name]
-        elif beside.is_file():
+        elif beside is not None and beside.is_file():
             texts[title] = beside.read_text(encoding="utf-8", errors="replace")
     return texts, _flat({name: value for name, value in device.items() if name not in _DEVICE_TEXTS})
 

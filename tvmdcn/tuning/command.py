@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["tune_command"]
 
 _TRIALS = 64  # for each layer, where nobody says how many
+_DRY_TRIALS = 8
 
 
 def _selected(
@@ -152,6 +153,17 @@ def _summary(problem: Problem, result: TuningResult) -> str:
 @click.option("--tracker", help="HOST:PORT of a tracker of TVM's RPC: build here, measure on its servers.")
 @click.option("--key", help="Which of the tracker's servers to use; all of them machines of one kind.")
 @click.option("--parallel", type=click.IntRange(1), help="Servers to use at a time, at most; by default 8.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Measure nothing: compile candidates for a GPU (--target cuda-sm_90), which need not be there, and tell what "
+    "they take of it. --trials counts for each layer then, 8 by default.",
+)
+@click.option(
+    "--rows",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --dry-run: a file of JSON lines to add to, one for each candidate.",
+)
 def tune_command(
     problems: tuple[str, ...],
     files: tuple[Path, ...],
@@ -169,6 +181,8 @@ def tune_command(
     tracker: str | None,
     key: str | None,
     parallel: int | None,
+    dry_run: bool,
+    rows: Path | None,
 ) -> None:
     """Search the best schedules of layers, for this machine or for those of a tracker, and keep them.
 
@@ -184,6 +198,11 @@ def tune_command(
     }
     try:
         chosen = of_operators(_selected(problems, files, model, inputs), operator)
+        if rows is not None and not dry_run:
+            raise click.UsageError("--rows goes with --dry-run.")
+        if dry_run:
+            _dry_run(chosen, target, trials or _DRY_TRIALS, seed, rows)
+            return
         options["trials"] = _TRIALS * len(chosen) if trials is None else trials
         require("tune", "tuning")
         options["farm"] = _farm(tracker, key, parallel)
@@ -196,6 +215,31 @@ def tune_command(
             raise
         raise click.ClickException(message) from error
     sys.exit(status)
+
+
+def _dry_run(chosen: Sequence[Problem], target: str | None, trials: int, seed: int, path: Path | None) -> None:
+    """Compile candidates for a GPU and print what they take."""
+    from rich.progress import Progress as Bar
+
+    from tvmdcn.target import available_processors
+    from tvmdcn.tuning.dry_run import dry_run, print_rows, write_rows
+
+    with Bar(transient=True) as bar:
+        task = bar.add_task("compiling", total=len(chosen) * trials)
+
+        def advance(problem: Problem, done: int, wanted: int) -> None:
+            bar.update(task, advance=1, description=f"{problem.name} {done}/{wanted}")
+
+        rows = dry_run(
+            chosen,
+            target,
+            trials=trials,
+            seed=seed,
+            processes=len(available_processors()),
+            progress=advance,
+        )
+        found = write_rows(rows, path)
+    print_rows(found)
 
 
 def _farm(tracker: str | None, key: str | None, parallel: int | None) -> Farm | None:

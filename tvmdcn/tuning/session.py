@@ -22,6 +22,7 @@ from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo, host_identity
 from tvmdcn.te import operator_of
 from tvmdcn.tuning.allocation import ROUND, Standing, best_so_far
+from tvmdcn.tuning.decision_search import DecisionSearch
 from tvmdcn.tuning.history import TrialLog, TrialRow, read_log
 from tvmdcn.tuning.progress import Progress, TuningResult
 from tvmdcn.tuning.records import Record, TuningRecords, structure
@@ -122,7 +123,7 @@ class Session:
         self._first_new = len(self.log.rows)
         self._number = 1 + max((row.round for row in self.log.rows if row.round is not None), default=-1)
         with uninterrupted():
-            self.search = Search(spec, extents, target, seed)
+            self.search = (DecisionSearch if target.kind == "cuda" else Search)(spec, extents, target, seed)
             self.search.recall((row.decisions, row.seconds) for row in self.log.rows)
         self.default = self.search.names.defaults[self.search.names.variants[0]]
         self._job = Job(spec, extents, target, threads, scratch)

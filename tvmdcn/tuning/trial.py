@@ -27,9 +27,18 @@ from tvmdcn.spec import DeformConv2dSpec, Extents, spec_from_json
 from tvmdcn.target import TargetInfo
 from tvmdcn.tensors import numpy_dtype
 
-__all__ = ["NO_ROOM", "TOLERANCE", "Job", "Outcome", "build_trial", "measure_trials", "save_inputs"]
+__all__ = [
+    "NO_ROOM",
+    "TOLERANCE",
+    "Job",
+    "Outcome",
+    "build_trial",
+    "measure_trials",
+    "save_inputs",
+    "tolerance_of",
+]
 
-TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
 """Largest error of an output that may win, relative to the largest value of the reference's."""
 
 NO_ROOM = "no room: "
@@ -92,8 +101,8 @@ class Outcome:
     error : float
         Largest error relative to the reference's largest value; NaN if nothing was computed.
     reason : str
-        Empty, or why it failed: "build", "crash", "time-out", "wrong result" or "server lost", with a detail after a
-        colon.
+        Empty, or why it failed: "build", "too much shared memory", "too many registers", "crash", "launch failure",
+        "time-out", "wrong result" or "server lost", with a detail after a colon.
     machine : mapping
         Who measured it, as provenance of a record says it; empty for this machine.
     """
@@ -112,6 +121,11 @@ class Outcome:
     def quiet(self) -> float:
         """The lower quartile, which a busy neighbour disturbs less; infinite if the trial failed."""
         return statistics.quantiles(self.seconds, n=4)[0] if len(self.seconds) > 1 else self.median
+
+
+def tolerance_of(spec: DeformConv2dSpec) -> float:
+    """Return the largest error, relative to the largest value, with which a schedule may win."""
+    return TOLERANCE["tf32" if spec.tf32 else spec.dtype]
 
 
 def build_trial(job_data: Mapping[str, Any], decisions_data: Mapping[str, Any], name: str) -> str:
@@ -207,6 +221,10 @@ def measure_trials(
     """
     job = Job.from_json(job_data)
     tensors, expected = _inputs(job)
+    if job.target.kind == "cuda":
+        from tvmdcn.tuning.gpu_trial import measure_kernels
+
+        return measure_kernels([_load(job, name) for name in names], tensors, lambda o: _error(o, expected), rounds)
     calls: list[Callable[[], Mapping[str, np.ndarray]]] = []
     results: list[tuple[list[float], float]] = []
     for name in names:

@@ -260,7 +260,9 @@ def tune_together(
                 )
             )
         builders = max(1, min(detect_target().cores or 1, _MOST_BUILDERS))
-        return run.results(stack.enter_context(Workers(builders, farm)))
+        # CUDA's compiler takes its time.
+        timeout = 240.0 if info.kind == "cuda" else 60.0
+        return run.results(stack.enter_context(Workers(builders, farm, timeout)))
 
 
 @dataclass

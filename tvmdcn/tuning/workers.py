@@ -15,9 +15,12 @@ from tvm.support.popen_pool import PopenPoolExecutor
 
 from tvmdcn.errors import TuningError
 from tvmdcn.space import Decisions
-from tvmdcn.tuning.trial import NO_ROOM, TOLERANCE, Job, Outcome, build_trial, measure_trials
+from tvmdcn.tuning.trial import NO_ROOM, Job, Outcome, build_trial, measure_trials, tolerance_of
 
 __all__ = ["LocalMeasuring", "Measuring", "Workers"]
+
+# How the messages begin of kernels that a GPU could not run.
+OVER_LIMITS = ("too much shared memory", "too many registers")
 
 
 class Measuring(Protocol):
@@ -50,8 +53,12 @@ class LocalMeasuring:
     alone = True
 
     def __init__(self, run_timeout: float = 60.0) -> None:
-        self._pool = PopenPoolExecutor(max_workers=1, timeout=run_timeout, initializer=ignore_interrupts)
+        self._run_timeout = run_timeout
+        self._pool = self._process()
         self._thread = ThreadPoolExecutor(1)
+
+    def _process(self) -> PopenPoolExecutor:
+        return PopenPoolExecutor(max_workers=1, timeout=self._run_timeout, initializer=ignore_interrupts)
 
     def submit(self, job: Job, names: Sequence[str], rounds: int) -> Future[list[Outcome]]:
         """Check and measure built candidates, taking turns for `rounds`."""
@@ -63,14 +70,22 @@ class LocalMeasuring:
         except TimeoutError:
             return [Outcome(reason="time-out: run")] * len(names)
         except Exception as error:  # the worker died, or the call raised: the trial's failure
-            return [Outcome(reason=f"crash: {_last_line(error)}")] * len(names)
-        limit = TOLERANCE[job.spec.dtype]
+            return [Outcome(reason=f"{self._failure(job, error)}: {_last_line(error)}")] * len(names)
+        limit = tolerance_of(job.spec)
         return [
             Outcome(tuple(times), error)
             if error <= limit
             else Outcome(error=error, reason=f"wrong result: relative error {error:.1e} above {limit:.0e}")
             for times, error in rows
         ]
+
+    def _failure(self, job: Job, error: Exception) -> str:
+        """Return what an error is called; after one of a GPU's kernel its process is of no use any more."""
+        if job.target.kind != "cuda":
+            return "crash"
+        self._pool.shutdown()
+        self._pool = self._process()
+        return "launch failure" if "CUDA" in str(error) else "crash"
 
     def close(self) -> None:
         """End the process."""
@@ -185,6 +200,8 @@ def _build_failure(future: Future[str]) -> Outcome | None:
             f"{message}. Builds go to the directory of temporary files (TMPDIR). What was measured is kept: make room, "
             "and run the same command again."
         )
+    if message.startswith(OVER_LIMITS):
+        return Outcome(reason=message)
     return Outcome(reason=f"build: {message}") if message else None
 
 

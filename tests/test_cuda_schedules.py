@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Design spaces for GPUs, without one: right numbers on the emulator, and what nvcc makes of them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("tvm")
+
+from tvmdcn.builder import build, compile_kernels
+from tvmdcn.errors import BuildError, SpecError
+from tvmdcn.problems import PROBLEMS, TEST_PROBLEMS, Problem
+from tvmdcn.space import Decisions, space_of
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
+from tvmdcn.target import resolve_target
+from tvmdcn.te.products import product_of
+
+needs_emulator = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+# Largest difference by the largest value, where the output itself is rounded to the dtype.
+TOLERANCES = {"float16": 1e-3, "bfloat16": 8e-3, "tf32": 1e-3, "float32": 2e-6, "float64": 1e-13}
+LAYER = DeformConv2dSpec(64, 64, padding=1, dtype="float16", layout="NHWC")
+SIZE = Extents(2, 9, 11)
+
+
+def layer(**changes):
+    return Problem("layer", replace(LAYER, **changes), SIZE, "made up")
+
+
+def decided(variant, **values):
+    return Decisions(variant, values)
+
+
+CASES = {
+    "tensor cores": (layer(), None),
+    "planes": (layer(layout="NCHW"), None),
+    "bfloat16": (layer(dtype="bfloat16", mask=False), None),
+    "tf32": (layer(dtype="float32", tf32=True, layout="NCHW", out_channels=96), None),
+    "no overlap": (layer(), decided("mma-block", overlap=0)),
+    "eight warps": (
+        layer(in_channels=128, out_channels=128),
+        decided("mma-block", warps_down=4, warps_across=2, step_depth=4),
+    ),
+    "large tiles of a warp": (layer(), decided("mma-block", warp_rows=4, warp_columns=2, warps_down=1, step_depth=1)),
+    "channels that fill no tile": (layer(in_channels=20, out_channels=33, layout="NCHW"), None),
+    "offset groups": (layer(offset_groups=4), None),
+    "groups": (layer(groups=2, offset_groups=4, in_channels=128), decided("mma-thread")),
+    "plan of a thread": (layer(offset_groups=8, layout="NCHW"), decided("mma-thread")),
+    "multiply-adds": (layer(in_channels=32, out_channels=48, dtype="float32"), None),
+    "multiply-adds, planes": (
+        layer(in_channels=20, out_channels=33, dtype="float64", layout="NCHW"),
+        decided("simt-thread", overlap=0, thread_pixels=2),
+    ),
+    "depthwise": (layer(groups=64), None),
+    "depthwise, planes": (layer(groups=64, offset_groups=2, dtype="float32", layout="NCHW"), None),
+    "depthwise, plan of a thread": (layer(groups=64, offset_groups=2), decided("gather-thread")),
+    "two outputs a channel": (layer(groups=64, out_channels=128), decided("gather-block", thread_pixels=4)),
+    "small groups": (layer(groups=8, out_channels=32), None),
+    "asymmetric": (TEST_PROBLEMS["asymmetric_v1"], None),
+    "uneven padding": (TEST_PROBLEMS["uneven_padding"], None),
+    "one pixel": (TEST_PROBLEMS["pixel"], None),
+    "one row": (TEST_PROBLEMS["row"], None),
+}
+
+
+@needs_emulator
+@pytest.mark.parametrize("case", CASES)
+def test_numbers(case):
+    from cuda_layers import error_of, run_on_emulator
+
+    problem, decisions = CASES[case]
+    output, expected, made = run_on_emulator(problem, decisions)
+    if decisions is not None:
+        assert made.variant == decisions.variant
+        assert {name: made.values[name] for name in decisions.values} == decisions.values
+    assert error_of(output, expected) < TOLERANCES["tf32" if problem.spec.tf32 else problem.spec.dtype]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_variant_of_named_layers_applies(name):
+    from tvmdcn.builder import new_schedule
+
+    dtype = ("float16", "tf32", "float32")[list(PROBLEMS).index(name) % 3]
+    spec = replace(PROBLEMS[name].spec, dtype="float32" if dtype == "tf32" else dtype, tf32=dtype == "tf32")
+    target = resolve_target("cuda-sm_80")
+    space = space_of(spec.operator, "cuda")
+    for variant in space.variants(spec, target):
+        made = space.schedule(new_schedule(spec, target), spec, target, Decisions(variant, {}))
+        assert made.variant == variant
+
+
+# The machine code of every named layer is looked at once; dtypes, layouts and architectures take turns.
+TURNS = [("float16", "NHWC", "sm_90"), ("tf32", "NCHW", "sm_80"), ("bfloat16", "NHWC", "sm_80")]
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("name", "turn"), [(name, TURNS[i % 3]) for i, name in enumerate(PROBLEMS)])
+def test_machine_code(name, turn):
+    dtype, layout, arch = turn
+    changes = {"dtype": "float32", "tf32": True} if dtype == "tf32" else {"dtype": dtype}
+    spec = replace(PROBLEMS[name].spec, layout=layout, **changes)
+    target = resolve_target(f"cuda-{arch}")
+    from tvmdcn.builder import new_schedule
+
+    sch = new_schedule(spec, target)
+    made = space_of(spec.operator, "cuda").schedule(sch, spec, target)
+    _, compiled = compile_kernels(spec, target, sch.mod)
+    for kernel in compiled.kernels:
+        assert kernel.spill_loads == kernel.spill_stores == kernel.stack_bytes == 0, kernel
+        assert kernel.occupancy > 0, kernel
+    main = max((k for k in compiled.kernels if k.name.startswith(spec.operator)), key=lambda k: k.registers)
+    if not main.instructions:
+        pytest.skip("nothing here disassembles machine code of GPUs")
+    tensor_cores = product_of(spec).kind == "mma"
+    assert bool(main.instructions.get("HMMA")) == tensor_cores
+    if tensor_cores:
+        for name in ("LDSM", "LDGSTS", "STS.128"):
+            assert main.instructions[name], name
+    if spec.in_channels // spec.offset_groups % 8 == 0:
+        assert main.instructions["LDG.128"]
+    assert not main.instructions.get("LDL", 0) + main.instructions.get("STL", 0)
+    assert made.values
+
+
+@needs_nvcc
+def test_artifact_of_another_machines_gpu(tmp_path):
+    artifact = build(replace(LAYER, in_channels=32, out_channels=32), "cuda-sm_80", "default", cache_dir=tmp_path)
+    device = artifact.schedule["device"]
+    assert device["compiler"].startswith(("nvcc", "NVRTC"))
+    assert set(device["kernels"]) == {"deform_conv2d_kernel", "pack_weight_kernel"}
+    assert artifact.kernel.packed_dtype == "uint32"
+    assert artifact.kernel.packed_shape == (1, 9, 2, 2, 32, 4)
+
+
+def test_gradients_have_no_form_for_gpus():
+    with pytest.raises(BuildError, match=r"deform_conv2d_grad has no form for GPUs yet.*target 'llvm'"):
+        build(DeformConv2dGradSpec.of(LAYER), "cuda-sm_90", "default")
+
+
+def test_tf32_is_for_float32():
+    with pytest.raises(SpecError, match="tf32 is a way to multiply float32, got tf32=True and dtype='float16'"):
+        replace(LAYER, tf32=True)
