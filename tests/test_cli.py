@@ -93,7 +93,7 @@ BAD_CALLS: list[tuple[list[str], int, str]] = [
     (["tune", "--problem", "row", "--operator", "conv2d"], 2, "'conv2d' is not one of 'deform_conv2d', 'deform_"),
     (["tune", "--problem", "row", "--seed", "x"], 2, "'x' is not a valid integer"),
     (["tune", "--problem", "row", "--target", "pentium"], 1, "target 'pentium' is not known"),
-    (["tune", "--problem", "row", "--target", "cuda"], 1, "this version builds for CPUs only"),
+    (["tune", "--problem", "row", "--target", "cuda"], 1, "this machine has no NVIDIA driver"),
     (["tune", "--problem", "row", "--output", "{file}"], 2, "is a file"),
     (["tune", "--problem", "row", "--output", "/proc/nowhere"], 1, "/proc/nowhere"),
     (["tune", "--file", "absent.json"], 2, "does not exist"),

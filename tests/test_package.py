@@ -293,7 +293,8 @@ def test_constraints_pin_every_direct_dependency() -> None:
     wanted = [*PROJECT["project"]["dependencies"], *(text for extra in extras.values() for text in extra)]
     for requirement in map(Requirement, wanted):
         if requirement.name == "tvmdcn":
-            assert requirement.extras == set(extras) - {"all"}
+            # CUDA's compiler and runtime are large, and a machine with a GPU has them as a rule.
+            assert requirement.extras == set(extras) - {"all", "cuda"}
             continue
         (pin,) = pinned[requirement.name.lower()]
         assert pin.operator == "=="

@@ -7,6 +7,7 @@ No time is ever asserted: only what was measured how often, by whom, and what is
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import handmade
 import numpy as np
@@ -19,6 +20,7 @@ from tvmdcn.bench.inputs import Inputs
 from tvmdcn.bench.overhead import TINY, measure_first_result, measure_overhead
 from tvmdcn.bench.protocol import compare
 from tvmdcn.bench.providers import PROVIDERS
+from tvmdcn.bench.rows import parse_row
 from tvmdcn.bench.sweep import vary
 from tvmdcn.bench.worker import Layers
 from tvmdcn.problems import TEST_PROBLEMS, Problem
@@ -183,6 +185,16 @@ def test_overhead_rows(kernels, monkeypatch):
     ]
     assert {found.command for found in rows} == {"a command"}
     assert {found.reason for found in rows} <= {None, "torch is not installed: pip install torch"}
+    for found in rows:
+        assert parse_row(json.loads(json.dumps(found.to_json()))) == found
+        if found.status == "ok":
+            assert all(1 <= len(turn) <= 16 for turn in found.samples_ms)
+            assert sum(map(len, found.samples_ms)) <= found.runs
+            assert len(found.affinity) == 1
+            assert found.memory_bytes is None  # of a tiny layer it says nothing
+    taken = []
+    assert measure_overhead([1], **options, protocol=QUICK, known=rows, on_known=taken.append) == []
+    assert taken == rows
 
 
 def test_first_result_that_fails_has_a_reason(cache_dir, monkeypatch):

@@ -269,6 +269,7 @@ def test_slugs_tell_specs_apart():
             "mask": False,
             "dtype": "float16",
             "layout": "NHWC",
+            "tf32": True,
         }.items()
     ]
     assert len({spec.slug for spec in (base, *changed)}) == len(dataclasses.fields(base)) + 1
@@ -284,6 +285,8 @@ def test_slugs_tell_specs_apart():
         (SpecTypeError, "mask must be True or False", lambda data: data.update(mask=1)),
         (SpecTypeError, "groups must be made of ints", lambda data: data.update(groups="1")),
         (SpecError, "stride must be at least 1", lambda data: data.update(stride=[0, 1])),
+        (SpecError, "tf32 must be left out in JSON where it is False", lambda data: data.update(tf32=False)),
+        (SpecTypeError, "tf32 must be True or False", lambda data: data.update(tf32=1)),
     ],
 )
 def test_json_is_read_strictly(exception, match, change):
@@ -291,6 +294,14 @@ def test_json_is_read_strictly(exception, match, change):
     change(data)
     with pytest.raises(exception, match=match):
         DeformConv2dSpec.from_json(data)
+
+
+def test_json_of_before_there_was_tf32():
+    spec = DeformConv2dSpec(4, 4)
+    assert "tf32" not in spec.to_json()
+    rounded = dataclasses.replace(spec, tf32=True)
+    assert rounded.to_json()["tf32"] is True
+    assert DeformConv2dSpec.from_json(rounded.to_json()) == rounded
 
 
 def test_json_must_be_an_object():

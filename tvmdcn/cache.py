@@ -97,16 +97,16 @@ def _check_above(root: Path) -> None:
         return
     try:
         above = root.parent.resolve()
-        for part in (above, *above.parents):
-            mode = part.stat().st_mode
-            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-                raise _refusal(
-                    root,
-                    f"lies in {part}, which everybody can write (mode {stat.S_IMODE(mode):04o})",
-                    f"If that is meant: chmod +t {part}, so that only owners can rename what is in it.",
-                )
+        modes = [(part, part.stat().st_mode) for part in (above, *above.parents)]
     except (OSError, RuntimeError):  # missing, or not to be looked at: the root itself tells
         return
+    for part, mode in modes:
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise _refusal(
+                root,
+                f"lies in {part}, which everybody can write (mode {stat.S_IMODE(mode):04o})",
+                f"If that is meant: chmod +t {part}, so that only owners can rename what is in it.",
+            )
 
 
 def make_private(directory: Path, root: Path) -> None:

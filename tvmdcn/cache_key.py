@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +22,17 @@ from tvmdcn.errors import ArtifactError, HomelessError, RecordsError, SpecError
 from tvmdcn.spec import DeformConv2dSpec, spec_from_json
 from tvmdcn.target import TargetInfo
 
-__all__ = ["ABI", "SCHEDULES", "SCHEMA", "CacheKey", "installed_compiler", "record_roots", "records_digest", "source_digest", "user_records"]
+__all__ = [
+    "ABI",
+    "SCHEDULES",
+    "SCHEMA",
+    "CacheKey",
+    "installed_compiler",
+    "record_roots",
+    "records_digest",
+    "source_digest",
+    "user_records",
+]
 
 # Raise with the manifest's format; artifacts of another schema lie in another directory.
 SCHEMA = 2
@@ -79,10 +90,17 @@ def source_digest() -> str:
 
 def record_roots() -> list[Path]:
     """Return where tuning records lie: the user's (:func:`user_records`), if he has a place for them, then ours."""
+    ours = package_directory("tuning_logs")
     try:
-        return [user_records(), package_directory("tuning_logs")]
+        user = user_records()
+        os.stat(user)
     except HomelessError:
-        return [package_directory("tuning_logs")]
+        return [ours]
+    except PermissionError:  # the home of another, as sudo may leave it; what was named is an error
+        return [ours] if env.records_dir() is None else [user, ours]
+    except OSError:  # not there yet
+        pass
+    return [user, ours]
 
 
 def user_records() -> Path:
@@ -97,7 +115,7 @@ def user_records() -> Path:
     if user is None:
         import platformdirs  # only the default needs it, and imports must stay cheap
 
-        user = env.default_directory("TVMDCN_RECORDS", platformdirs.user_data_dir("tvmdcn", appauthor=False))
+        user = env.default_directory("TVMDCN_RECORDS", lambda: platformdirs.user_data_dir("tvmdcn", appauthor=False))
         user /= "tuning_logs"
     return user
 

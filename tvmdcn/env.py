@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,14 +127,18 @@ def _directory(name: str) -> Path | None:
     return path
 
 
-def default_directory(name: str, path: str) -> Path:
-    """Return the directory that holds where a setting is not set.
+def default_directory(name: str, find: Callable[[], str]) -> Path:
+    """Return the directory that holds where a setting is not set, by a function that finds it.
 
     Raises
     ------
     HomelessError
         If it has no place: a user without a home, as in some containers.
     """
+    try:
+        path = find()
+    except RuntimeError:  # what newer versions of platformdirs do
+        path = ""
     if not os.path.isabs(path):
         raise HomelessError(
             f"{name} is not set, and its default is in the home of the user, who has none here (HOME is not set). "
@@ -163,7 +167,7 @@ def cache_dir() -> Path:
                 "pip install platformdirs",
                 name="platformdirs",
             ) from error
-        path = default_directory("TVMDCN_CACHE_DIR", platformdirs.user_cache_dir("tvmdcn", appauthor=False))
+        path = default_directory("TVMDCN_CACHE_DIR", lambda: platformdirs.user_cache_dir("tvmdcn", appauthor=False))
     return path
 
 

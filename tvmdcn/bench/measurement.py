@@ -83,7 +83,7 @@ class Measurement(Row):
         ``made`` up, or those of a ``real`` layer.
     memory_bytes, memory_prepare_bytes : int, optional
         Peak memory beyond inputs and outputs during a call and while it was prepared, see
-        :mod:`tvmdcn.bench.memory`; None where it is not known.
+        :mod:`tvmdcn.bench.device`; None where it is not known.
     memory_resolution_bytes : int, optional
         By how much these can be off.
     protocol : dict, optional

@@ -298,8 +298,20 @@ def _show(row: Mapping[str, Any]) -> None:
 
 @click.command("stages", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--problem", "names", multiple=True, required=True, help="A named layer, 'all', or N,Cin,H,W,Cout,...")
-@click.option("--operator", type=click.Choice(OPERATORS), default=OPERATORS[0], show_default=True)
-@click.option("--schedule", type=click.Choice(["tuned", "default", "naive"]), default="tuned", show_default=True)
+@click.option(
+    "--operator",
+    type=click.Choice(OPERATORS),
+    default=OPERATORS[0],
+    show_default=True,
+    help="The layers, their gradients, or both.",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["tuned", "default", "naive"]),
+    default="tuned",
+    show_default=True,
+    help="Tuned falls back on default where there is no record.",
+)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of a call.")
 @click.option("--rounds", type=click.IntRange(1), default=_ROUNDS, show_default=True, help="Turns of each setting.")
 @click.option(

@@ -26,6 +26,7 @@ from tvmdcn.target import TargetInfo, resolve_target
 __all__ = ["compile_candidate", "dry_run", "print_rows", "write_rows"]
 
 _TIMEOUT = 300.0  # seconds for one candidate
+_WIDTH = 140  # columns of a log
 _ATTEMPTS = 6  # wishes for each candidate that is wanted: many are rounded to the same decisions
 
 
@@ -116,8 +117,8 @@ def dry_run(
     info = resolve_target(target)
     if info.kind != "cuda":
         raise SpecError(
-            f"--dry-run tells what candidates take of a GPU, and the target is {info.tag}. Name a GPU, such as --target "
-            "cuda-sm_90."
+            f"--dry-run tells what candidates take of a GPU, and the target is {info.tag}. Name a GPU, for example "
+            "--target cuda-sm_90."
         )
     # As the tuner's own: a process that hangs or crashes takes nothing with it.
     pool = PopenPoolExecutor(max_workers=processes, timeout=_TIMEOUT)
@@ -172,34 +173,41 @@ _COUNTED = ("HMMA", "FFMA", "LDSM", "LDGSTS", "LDG.128", "STS.128", "LDL", "STL"
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], console: Any = None) -> None:
-    """Print a table of the candidates of each layer, and of the failures by reason."""
+    """Print a table of the candidates of each layer, their schedules, and the failures by reason.
+
+    Sizes are bytes; "warps" are those at once, of all that a multiprocessor can hold, and "limit" is what keeps more
+    out; then come counts of instructions (:data:`tvmdcn.cuda_compiler.INSTRUCTIONS`).
+    """
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    console = Console() if console is None else console
+    if console is None:
+        console = Console()
+        console = console if console.is_terminal else Console(width=_WIDTH)
     for problem in dict.fromkeys(row["problem"] for row in rows):
         mine = sorted((row for row in rows if row["problem"] == problem), key=lambda row: int(row["number"]))
         good = [row for row in mine if "kernels" in row]
-        table = Table(title=f"{problem} for {mine[0]['target']}: {len(good)} of {len(mine)} compile")
-        for heading in ("", "schedule", "regs", "spills", "stack", "shared", "threads", "occupancy", *_COUNTED):
-            table.add_column(heading, justify="left" if heading == "schedule" else "right")
+        main = {row["number"]: _main_kernel(row)[1] for row in good}
+        counted = [name for name in _COUNTED if any(kernel["instructions"].get(name) for kernel in main.values())]
+        title = f"{problem} for {mine[0]['target']}: {len(good)} of {len(mine)} compile"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1))
+        for heading in ("", "regs", "spill", "stack", "shared", "threads", "warps", "limit", *counted):
+            table.add_column(heading, justify="right")
+        for number, kernel in main.items():
+            sizes = (kernel["registers"], kernel["spill_stores"] + kernel["spill_loads"], kernel["stack_bytes"])
+            sizes += (kernel["shared_bytes"], kernel["threads"], f"{kernel['occupancy']:.0%}", kernel["limit"])
+            counts = [kernel["instructions"].get(name, 0) for name in counted]
+            table.add_row(*map(str, (number, *sizes, *counts)))
+        if good:
+            console.print(table)
         for row in good:
-            _, kernel = _main_kernel(row)
             decisions = Decisions.from_json(row["decisions"])
-            counts = kernel["instructions"]
-            table.add_row(
-                str(row["number"]),
-                " ".join([decisions.variant, *(f"{name}={value}" for name, value in decisions.values.items())]),
-                str(kernel["registers"]),
-                str(kernel["spill_stores"] + kernel["spill_loads"]),
-                str(kernel["stack_bytes"]),
-                str(kernel["shared_bytes"]),
-                str(kernel["threads"]),
-                f"{kernel['occupancy']:.0%} ({kernel['limit']})",
-                *(str(counts.get(name, 0)) if counts else "?" for name in _COUNTED),
-            )
-        console.print(table)
+            values = " ".join(f"{name}={value}" for name, value in decisions.values.items())
+            console.print(f"{row['number']}: {decisions.variant} {values}", highlight=False)
         failures = Counter(row["reason"].split(":")[0] for row in mine if "reason" in row)
         for reason, count in failures.most_common():
             example = next(row["reason"] for row in mine if row.get("reason", "").startswith(reason))
-            console.print(f"failed: {count} x {reason}, for example: {example}")
+            console.print(f"failed: {count} x {reason}, for example: {example}", highlight=False)
+        if good and not counted:
+            console.print("no instructions are counted without nvdisasm: pip install nvidia-cuda-nvdisasm")
