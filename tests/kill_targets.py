@@ -33,8 +33,9 @@ from tvmdcn.tuning.records import TuningRecords
 from tvmdcn.tuning.trial import TOLERANCE, Job, Outcome, build_trial, measure_trials
 
 SPEC = DeformConv2dSpec(4, 4, 1)
-SIZE = Extents(1, 3, 3)
-_WANTED = 200  # trials: more than there is time for
+# With more to try than there is time for.
+TUNED, SIZE = DeformConv2dSpec(32, 32, 1), Extents(1, 6, 6)
+_WANTED = 200  # trials
 
 
 def forked(
@@ -182,7 +183,7 @@ def tune(root: Path, count: int, inside: bool) -> None:
 
     def work(say: Callable[[str], None]) -> None:
         options: dict[str, Any] = {"trials": _WANTED, "threads": 1, "records": root, "name": "layer"}
-        result = tuner.tune(SPEC, SIZE, progress=lambda now: say(f"{now.stage} {now.trials}"), **options)
+        result = tuner.tune(TUNED, SIZE, progress=lambda now: say(f"{now.stage} {now.trials}"), **options)
         say(f"kept {result.trials}")
 
     def look(words: Sequence[str], ended: bool) -> dict[str, Any]:
@@ -209,9 +210,10 @@ def tune(root: Path, count: int, inside: bool) -> None:
     rng = random.Random(count)
     for number in range(count):
         # While it begins, and then after so many words; a trial is one, and a round has two more.
-        words, ended, _ = forked(work, rng.random() * 0.6, 0 if number % 4 == 0 else rng.randrange(1, 7))
+        words, ended, _ = forked(work, rng.random() * 0.6, 0 if number % 4 == 0 else rng.randrange(1, 6))
         print(json.dumps({"killed": not ended, **look(words, ended)}), flush=True)
-    result = tuner.tune(SPEC, SIZE, trials=len(before) + 1, threads=1, records=root, name="layer")
+    tuner.Workers = HereWorkers  # type: ignore[misc,assignment]
+    result = tuner.tune(TUNED, SIZE, trials=len(before) + 1, threads=1, records=root, name="layer")
     print(json.dumps({"trials": result.trials, "new": result.new_trials, "was": len(before)}), flush=True)
 
 

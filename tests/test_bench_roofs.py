@@ -74,12 +74,12 @@ def test_compiled_product_is_one(small, dtype, threads):
 @pytest.fixture
 def asked(monkeypatch):
     """Two roofs that are soon measured, and one that cannot be."""
-    roofs = bench_roofs._asked(["float64"])
+    roofs = bench_roofs._asked(["float64"], "cpu")
     numpy = next(roof for roof in roofs if roof.roof == "matmul")
     missing = numpy._replace(provider=bench_roofs.Provider("nobody", "peer", None, "no_such_package"))
     lost = numpy._replace(provider=bench_roofs.Provider("lost", "peer", "tvmdcn.bench.roofs:nothing"))
     chosen = [numpy, missing, lost]
-    monkeypatch.setattr(bench_roofs, "_asked", lambda dtypes: chosen)
+    monkeypatch.setattr(bench_roofs, "_asked", lambda dtypes, device: chosen)
     return chosen
 
 
@@ -117,7 +117,7 @@ def test_roofs_measured_before_are_taken_over(asked):
 
 
 def test_every_dtype_has_a_roof_and_two_copies_come_with_it():
-    asked = bench_roofs._asked(bench_roofs.DTYPES)
+    asked = bench_roofs._asked(bench_roofs.DTYPES, "cpu")
     assert {roof.dtype for roof in asked} == {None, *bench_roofs.DTYPES}
     assert [(roof.roof, roof.level) for roof in asked[:2]] == [("copy", "memory"), ("copy", "cache")]
     for roof in asked:

@@ -292,7 +292,7 @@ def test_child_that_ends_normally_is_told_and_does_not_hang():
     code = """
     kernel = tvmdcn.load(spec, threads=2)
     ends = []
-    for _ in range(6):
+    for _ in range(3):
         kernel(*arguments)
         time.sleep(0.05)  # idle workers sleep: that is when it would hang
         ends.append(forked(lambda: None, sys.exit))

@@ -36,7 +36,7 @@ from tvmdcn.tuning.scratch import scratch_directory
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
 
-KILLS = {"build": 12, "pack": 10, "tune": 9, "tune with workers": 3}
+KILLS = {"build": 12, "pack": 10, "tune": 8, "tune with workers": 2}
 
 
 def test_there_are_enough():
@@ -78,14 +78,14 @@ def test_packing(tmp_path):
 
 def check_tuning(found: list[dict[str, Any]]) -> None:
     *tries, last = found
-    assert sum(attempt["killed"] for attempt in tries) >= len(tries) - 1
+    assert all(attempt["killed"] for attempt in tries)
     for attempt in tries:
         assert not attempt["lost"]
         assert attempt["rows"] >= max(attempt["said"], attempt["was"]), "what was reported is on the disk"
         assert attempt["distinct"] == attempt["rows"], "nothing is measured twice"
         assert attempt["wrong"] == []
         assert attempt["began"] in (None, attempt["was"]), "it goes on where it was"
-    assert tries[-1]["rows"] >= 3
+    assert tries[-1]["rows"] >= 1
     assert last == {"trials": last["was"] + 1, "new": 1, "was": tries[-1]["rows"]}
 
 
@@ -103,7 +103,7 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def test_tuning_with_workers(tmp_path):
+def test_tuning_with_workers(tmp_path, monkeypatch):
     """Workers end when who started them is killed; what builds left goes when the next tuning begins."""
     pytest.importorskip("xgboost")
     scratch = tmp_path / "tmp"
@@ -117,6 +117,8 @@ def test_tuning_with_workers(tmp_path):
     left = list(scratch.glob("tvmdcn-tune-*"))
     for folder in left:
         os.utime(folder, (0, 0))  # they are young: perhaps just begun
+    assert left
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
     with scratch_directory():
         assert [folder for folder in left if folder.exists()] == []
 

@@ -7,6 +7,7 @@ And the records that ship: each still means the schedule that was tuned.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import threading
 from collections.abc import Callable
@@ -21,9 +22,10 @@ from tvmdcn.errors import RecordsError
 from tvmdcn.problems import PROBLEMS
 from tvmdcn.space import Decisions
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
-from tvmdcn.target import TargetInfo, resolve_target
+from tvmdcn.target import resolve_target
 from tvmdcn.tuning import records as records_module
 from tvmdcn.tuning.records import META, Record, TuningRecords, shipped_root, user_root
+from tvmdcn.tuning.records_check import orphaned
 
 TAG = "llvm-znver5"
 SPEC = DeformConv2dSpec(64, 96, padding=1)
@@ -178,6 +180,29 @@ def test_impossible_decisions_are_harmless() -> None:
             assert made.variant == default.variant
             assert list(made.values) == list(default.values)
             assert all(0 < made.values[name] < 10**6 for name in made.values)
+
+
+def test_record_with_fields_of_a_later_version_is_sound(tmp_path: Path) -> None:
+    path = TuningRecords(TAG, [record()]).write(tmp_path)
+    data = json.loads(path.read_text())
+    row = data["records"][0]
+    row["later"] = {"a": 1}
+    path.write_text(json.dumps(data))
+    with pytest.raises(RecordsError, match="is not what its digest"):
+        TuningRecords.read(tmp_path, TAG)
+    del row["digest"]
+    text = json.dumps(row, sort_keys=True, separators=(",", ":"))
+    row["digest"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path.write_text(json.dumps(data))
+    assert TuningRecords.read(tmp_path, TAG).records == [record()]
+
+
+def test_record_of_the_first_version_has_no_digest(tmp_path: Path) -> None:
+    path = TuningRecords(TAG, [record()]).write(tmp_path)
+    data = json.loads(path.read_text())
+    del data["records"][0]["digest"]
+    path.write_text(json.dumps(data))
+    assert TuningRecords.read(tmp_path, TAG).records == [record()]
 
 
 # -- look-up ----------------------------------------------------------------------------------------
@@ -350,19 +375,6 @@ def test_lock_that_is_never_given_free_is_told(tmp_path: Path, monkeypatch: pyte
 # -- what ships -------------------------------------------------------------------------------------
 
 
-def orphaned(found: Record, target: TargetInfo) -> str:
-    """Return why a record no longer means the schedule that was tuned; empty if it does."""
-    from tvmdcn.builder import new_schedule
-    from tvmdcn.space import space_of
-
-    space = space_of(found.spec.operator, target.kind)
-    names = space.variants(found.spec, target)
-    if found.decisions.variant not in names:
-        return f"variant {found.decisions.variant} is none of {', '.join(names)}"
-    made = space.schedule(new_schedule(found.spec, target), found.spec, target, found.decisions)
-    return "" if made == found.decisions else f"{found.decisions} gives {made}"
-
-
 SHIPPED = [
     (path.parent.name, found)
     for path in sorted(shipped_root().glob("*/meta.json"))
@@ -378,7 +390,7 @@ SHIPPED = [
 def test_shipped_record_still_means_what_was_tuned(tag: str, found: Record) -> None:
     target = resolve_target(tag)
     assert target.tag == tag
-    assert not orphaned(found, target)
+    assert orphaned(found, target) == ""
     assert {"cpu", "date", "versions", "source"} <= set(found.provenance)
     assert found.seconds <= found.default_seconds
 

@@ -744,5 +744,5 @@ def test_search_learns_from_earlier_trials() -> None:
 
 
 def test_tolerances_are_those_of_the_dtypes() -> None:
-    assert set(trial.TOLERANCE) == {"float64", "float32", "float16", "bfloat16"}
+    assert set(trial.TOLERANCE) == {"float64", "float32", "tf32", "float16", "bfloat16"}
     assert trial.TOLERANCE["float64"] < trial.TOLERANCE["float32"] < trial.TOLERANCE["float16"]

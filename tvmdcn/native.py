@@ -249,6 +249,7 @@ class Module:
 
     def __init__(self, handle: int, path: Path) -> None:
         self._handle = handle
+        self._functions: dict[str, Function] = {}
         self.path = path
 
     def function(self, name: str) -> Function:
@@ -259,22 +260,42 @@ class Module:
         ArtifactError
             If the module has no such function.
         """
+        known = self._functions.get(name)
+        if known is not None:
+            return known
         native = runtime()
         lookup = native.global_function("ffi.ModuleGetFunction")
         kind, handle = native.invoke(lookup, (_MODULE, self._handle), name.encode(), 0)
         if kind != _FUNCTION:
             raise ArtifactError(f"{self.path} has no function {name}: it was not built by this version. Delete it.")
-        return Function(handle, name)
+        return self._functions.setdefault(name, Function(handle, name))
+
+
+# By file. Each would take half a kilobyte for ever again: who drops kernels and loads them anew loads the same modules.
+_modules: dict[tuple[Path, tuple[int, ...]], Module] = {}
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Return what tells a file from others and from itself after a change; a number that is in use is not reused."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def load_module(path: Path) -> Module:
-    """Load a compiled module; `path` must be absolute. Loading is running code: check who wrote it first.
+    """Load a compiled module, once; `path` must be absolute. Loading is running code: check who wrote it first.
 
     Raises
     ------
     ArtifactError
         If the file is no module that this process can load.
     """
+    before = _identity(path)
+    known = None if before is None else _modules.get((path, before))
+    if known is not None:
+        return known
     native = runtime()
     try:
         kind, handle = native.invoke(native.global_function("ffi.ModuleLoadFromFile"), os.fsencode(path))
@@ -282,7 +303,10 @@ def load_module(path: Path) -> Module:
         raise ArtifactError(f"{path} cannot be loaded: {error}") from error
     if kind != _MODULE:
         raise ArtifactError(f"{path} is not a module of tvm-ffi (got an object of kind {kind}).")
-    return Module(handle, path)
+    module = Module(handle, path)
+    if before is None or _identity(path) != before:
+        return module  # another file has taken its place: nobody knows which one was loaded
+    return _modules.setdefault((path, before), module)
 
 
 class Tensor:

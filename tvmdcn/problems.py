@@ -241,6 +241,7 @@ _OPTIONS = {
     "mask": "mask",
     "dtype": "dtype",
     "layout": "layout",
+    "tf32": "tf32",
 }
 
 
@@ -302,6 +303,7 @@ def problem_text(spec: DeformConv2dSpec, extents: Extents) -> str:
         "mask": (int(spec.mask), 1),
         "dtype": (spec.dtype, "float32"),
         "layout": (spec.layout, "NCHW"),
+        "tf32": (int(spec.tf32), 0),
     }
     sizes = (extents.batch, spec.in_channels, extents.height, extents.width, spec.out_channels)
     options = (
@@ -327,9 +329,9 @@ def _option(key: str, value: str, text: str) -> Any:
     """Return the value of one ``key=value`` of a problem's description."""
     if key in ("dtype", "layout"):
         return value
-    if key == "mask":
+    if key in ("mask", "tf32"):
         if value not in ("0", "1"):
-            raise SpecError(f"mask in problem {shown(text)} must be 0 or 1, got {value!r}.")
+            raise SpecError(f"{key} in problem {shown(text)} must be 0 or 1, got {value!r}.")
         return value == "1"
     counts = (1,) if key in ("g", "og") else (1, 2) if key != "p" else (1, 2, 4)
     parts = value.split("x")

@@ -27,6 +27,7 @@ from tvmdcn.bench.overhead import measure_overhead
 from tvmdcn.bench.protocol import compare, new_run
 from tvmdcn.bench.provider import Provider
 from tvmdcn.bench.providers import PROVIDERS, default_providers
+from tvmdcn.bench.providers_cuda import GPU_PROVIDERS
 from tvmdcn.bench.roof import Roof
 from tvmdcn.bench.roofs import DTYPES, measure_roofs
 from tvmdcn.bench.rows import RowFile, append_row, read_row_file
@@ -62,12 +63,13 @@ def _chosen(names: Sequence[str], pythons: Sequence[str], directions: Sequence[s
         if not separator or not path:
             raise click.BadParameter(f"{text!r} is not of the form PROVIDER=INTERPRETER.", param_hint="--python")
         elsewhere[name] = path
+    known = {**GPU_PROVIDERS, **PROVIDERS}
     for hint, asked in (("--provider", names), ("--python", tuple(elsewhere))):
-        unknown = [name for name in asked if name not in PROVIDERS]
+        unknown = [name for name in asked if name not in known]
         if unknown:
-            raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(PROVIDERS)}.", param_hint=hint)
+            raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(known)}.", param_hint=hint)
     chosen = dict.fromkeys(names or (*(provider.name for provider in default_providers(directions)), *elsewhere))
-    return [dataclasses.replace(PROVIDERS[name], python=elsewhere.get(name)) for name in chosen]
+    return [dataclasses.replace(known[name], python=elsewhere.get(name)) for name in chosen]
 
 
 def _several(of: AnyType, metavar: str | None = None) -> dict[str, Any]:
@@ -129,7 +131,13 @@ def _several(of: AnyType, metavar: str | None = None) -> dict[str, Any]:
     help="Folder with the tensors of the real layers, used for these instead of made-up ones.",
 )
 @option(_WHAT, "--seed", type=int, default=0, show_default=True, help="Of the made-up tensors.")
-@option(_WHO, "--provider", "providers", multiple=True, help=f"Any of {', '.join(PROVIDERS)}. Default: all.")
+@option(
+    _WHO,
+    "--provider",
+    "providers",
+    multiple=True,
+    help=f"Any of {', '.join((*PROVIDERS, *GPU_PROVIDERS))}. Default: all but those of GPUs.",
+)
 @option(
     _WHO,
     "--python",
@@ -239,9 +247,19 @@ def benchmark_command(
             if overhead:
                 measure_overhead(threads, **layers)
             if roofs:
-                kinds = dtypes or tuple(dict.fromkeys(problem.spec.dtype for problem in found)) or DTYPES[:1]
+                asked_kinds = ("tf32" if problem.spec.tf32 else problem.spec.dtype for problem in found)
+                kinds = dtypes or tuple(dict.fromkeys(asked_kinds)) or DTYPES[:1]
                 old: Sequence[Roof] = before.roofs if before is not None and resume else ()
-                measure_roofs(threads, kinds, known=old, on_row=session.keep, on_known=session.take_over, **common)
+                for device in dict.fromkeys(provider.device for provider in chosen):
+                    measure_roofs(
+                        threads,
+                        kinds,
+                        device=device,
+                        known=old,
+                        on_row=session.keep,
+                        on_known=session.take_over,
+                        **common,
+                    )
     except KeyboardInterrupt as interrupt:
         code = interrupt.code if isinstance(interrupt, _Termination) else 130
     # A file, or a log, has no width to fit.

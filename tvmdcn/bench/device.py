@@ -193,5 +193,11 @@ def open_device(name: str) -> Device:
     return DEVICES[name]()
 
 
-DEVICES: dict[str, Callable[[], Device]] = {"cpu": CpuDevice}
-"""By the names that rows give them. One of a GPU would time with its events, and fill its second-level cache."""
+def _open_gpu() -> Device:
+    from tvmdcn.bench.cuda_device import CudaDevice
+
+    return CudaDevice()
+
+
+DEVICES: dict[str, Callable[[], Device]] = {"cpu": CpuDevice, "cuda": _open_gpu}
+"""By the names that rows give them."""

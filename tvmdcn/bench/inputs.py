@@ -23,7 +23,7 @@ from tvmdcn.tensors import Tensors, make_gradient_tensors, make_tensors, numpy_d
 __all__ = ["TOLERANCES", "Expected", "Inputs", "relative_error"]
 
 # Above these a result is wrong, not inexact. Correct kernels stay far below: about 1e-6 for float32.
-TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "tf32": 1e-2, "float16": 2e-2, "bfloat16": 1e-1}
 
 # The offset's gradient jumps where a sample lies on a row or column of pixels. Nearer than this, in pixels, rounding
 # of the place decides the side, and libraries round places differently: each is right.

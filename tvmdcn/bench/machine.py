@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tvmdcn import cuda_driver
 from tvmdcn.target import available_processors, detect_target, host_identity
 
 __all__ = ["choose_processors", "held_to", "identify_commit", "identify_machine", "identify_versions"]
@@ -32,7 +33,10 @@ _CHECKOUT = Path(__file__).resolve().parent.parent.parent
 def identify_machine() -> dict[str, Any]:
     """Return what tells this machine from others as far as speed goes, and stays the same from run to run."""
     host, target = host_identity(), detect_target()
+    # Only where there are any: machines without are the same as before there were GPUs in rows.
+    gpus = {"gpus": [gpu["name"] for gpu in host["gpus"]]} if "gpus" in host else {}
     return {
+        **gpus,
         "cpu": host["cpu"],
         "target": target.tag,
         "cores": target.cores,
@@ -52,6 +56,8 @@ def identify_versions() -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if cuda_driver.device_count():
+        versions["cuda driver"] = cuda_driver.driver_version()
     commit = identify_commit()
     if commit:
         text = f"commit {commit.removesuffix('+')}" + (", changed" if commit.endswith("+") else "")

@@ -171,7 +171,7 @@ class _Run:
             with np.load(output, allow_pickle=False) as results:
                 error, name = expected.error_of(results)
             output.unlink()
-            limit = TOLERANCES[problem.spec.dtype]
+            limit = TOLERANCES["tf32" if problem.spec.tf32 else problem.spec.dtype]
             if not error <= limit:
                 where = "" if name == "output" else f" of {name}"
                 raise WorkerError(f"wrong result: maximum relative error{where} {error:.1e}, limit {limit:g}")

@@ -3,17 +3,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+from tvmdcn.bench.provider import Provider
 from tvmdcn.bench.row import Row, check
 
-__all__ = ["LEVELS", "ROOFS", "Roof"]
+__all__ = ["LEVELS", "ROOFS", "Asked", "Ready", "Roof"]
 
 ROOFS = {"copy": "GB/s", "matmul": "GFLOP/s"}
 """The units of the rates: bytes read plus bytes written, and two operations per multiply-add."""
 LEVELS = ("memory", "cache")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Something to time, what a call of it does, and how."""
+
+    call: Callable[[], Any]
+    work: int
+    size: str
+    method: str
+
+
+class Asked(NamedTuple):
+    """A roof to measure."""
+
+    roof: str
+    level: str | None
+    dtype: str | None
+    provider: Provider
 
 
 @dataclass(frozen=True, kw_only=True)

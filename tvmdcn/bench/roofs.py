@@ -18,8 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,8 @@ from tvmdcn.bench.device import last_level_bytes
 from tvmdcn.bench.process import Worker, WorkerError
 from tvmdcn.bench.protocol import describe_origin, now
 from tvmdcn.bench.provider import Provider
-from tvmdcn.bench.roof import LEVELS, Roof
+from tvmdcn.bench.roof import LEVELS, Asked, Ready, Roof
+from tvmdcn.bench.roofs_cuda import asked_of_gpus
 from tvmdcn.bench.statistics import summarize
 from tvmdcn.bench.turns import Protocol, Table, Turns, take_turns
 from tvmdcn.target import detect_target
@@ -51,25 +51,6 @@ _REPEATED = 64 << 20  # bytes that a call copies in the cache
 _DEPTH, _PRODUCTS_PER_CALL = 128, 4000  # of the small matrices: 16 KiB of the first cache, about 2 ms
 
 
-@dataclass(frozen=True)
-class Ready:
-    """Something to time, what a call of it does, and how."""
-
-    call: Callable[[], Any]
-    work: int
-    size: str
-    method: str
-
-
-class _Asked(NamedTuple):
-    """A roof to measure."""
-
-    roof: str
-    level: str | None
-    dtype: str | None
-    provider: Provider
-
-
 # Who multiplies in what: a library that has no code of its own for a dtype is no roof.
 _PRODUCTS = {
     "numpy": ("float32", "float64"),
@@ -80,13 +61,16 @@ _PRODUCTS = {
 _PACKAGES = {"compiled": "tvm"}
 
 
-def _asked(dtypes: Iterable[str]) -> list[_Asked]:
+def _asked(dtypes: Iterable[str], device: str) -> list[Asked]:
+    if device == "cuda":
+        return asked_of_gpus(dtypes)
+
     def provider(name: str, function: str) -> Provider:
         return Provider(name, "peer", f"tvmdcn.bench.roofs:{function}", _PACKAGES.get(name, name))
 
-    found = [_Asked("copy", level, None, provider("numpy", f"prepare_{level}_copy")) for level in LEVELS]
+    found = [Asked("copy", level, None, provider("numpy", f"prepare_{level}_copy")) for level in LEVELS]
     return found + [
-        _Asked("matmul", None, dtype, provider(name, f"prepare_{name}_matmul"))
+        Asked("matmul", None, dtype, provider(name, f"prepare_{name}_matmul"))
         for dtype in dtypes
         for name, known in _PRODUCTS.items()
         if dtype in known
@@ -97,6 +81,7 @@ def measure_roofs(
     threads: Sequence[int] = (1,),
     dtypes: Sequence[str] = DTYPES[:1],
     *,
+    device: str = "cpu",
     protocol: Protocol | None = None,
     command: str | None = None,
     run: str | None = None,
@@ -112,7 +97,9 @@ def measure_roofs(
     threads : sequence of int
         Numbers of threads; each is a comparison of its own.
     dtypes : sequence of str
-        Of the matrices, some of :data:`DTYPES`.
+        Of the matrices, some of :data:`DTYPES`; on a GPU also "tf32".
+    device : str
+        "cpu" or "cuda".
     protocol, command, run, known, on_known, on_row, on_step
         As of :func:`tvmdcn.bench.protocol.compare`.
 
@@ -124,7 +111,7 @@ def measure_roofs(
     origin, rows = describe_origin(command, run), []
     same = [row for row in known if (row.machine, row.versions) == (origin["machine"], origin["versions"])]
     have = {(row.threads, row.roof, row.level, row.dtype, row.provider): row for row in same}
-    asked = _asked(dtypes)
+    asked = _asked(dtypes, device)
     for count in threads:
         keys = [(count, *roof[:3], roof.provider.name) for roof in asked]
         if all(key in have for key in keys):
@@ -139,14 +126,14 @@ def measure_roofs(
 
 
 def _measure(
-    asked: Sequence[_Asked],
+    asked: Sequence[Asked],
     threads: int,
     protocol: Protocol,
     origin: Mapping[str, Any],
     on_step: Callable[[str], object],
 ) -> Iterator[Roof]:
-    table: Table[_Asked] = Table()
-    described: dict[_Asked, dict[str, Any]] = {}
+    table: Table[Asked] = Table()
+    described: dict[Asked, dict[str, Any]] = {}
     workers = []
     try:
         for roof in asked:
@@ -185,7 +172,7 @@ def _measure(
             "dtype": roof.dtype,
             "provider": roof.provider.name,
         }
-        yield Roof(threads=threads, date=now(), **named, **origin, **fields)
+        yield Roof(threads=threads, date=now(), device=roof.provider.device, **named, **origin, **fields)
     if not whole:
         raise KeyboardInterrupt
 

@@ -195,8 +195,8 @@ def print_rows(rows: Sequence[Mapping[str, Any]], console: Any = None) -> None:
         for heading in ("", "regs", "spill", "stack", "shared", "threads", "warps", "limit", *counted):
             table.add_column(heading, justify="right")
         for number, kernel in main.items():
-            sizes = (kernel["registers"], kernel["spill_stores"] + kernel["spill_loads"], kernel["stack_bytes"])
-            sizes += (kernel["shared_bytes"], kernel["threads"], f"{kernel['occupancy']:.0%}", kernel["limit"])
+            sizes = [kernel["registers"], kernel["spill_stores"] + kernel["spill_loads"], kernel["stack_bytes"]]
+            sizes += [kernel["shared_bytes"], kernel["threads"], f"{kernel['occupancy']:.0%}", kernel["limit"]]
             counts = [kernel["instructions"].get(name, 0) for name in counted]
             table.add_row(*map(str, (number, *sizes, *counts)))
         if good:

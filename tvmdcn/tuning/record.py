@@ -20,6 +20,12 @@ __all__ = ["Record"]
 _DEPTH = 5  # of provenance: what we write has 2
 
 
+def _digest(data: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that stand for a record as JSON, but for its field digest."""
+    content = {name: value for name, value in data.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
 def _is_plain(value: Any, depth: int = _DEPTH) -> bool:
     """Return whether a value is JSON that can be written again: not too deep, all numbers finite."""
     if isinstance(value, dict):
@@ -72,8 +78,7 @@ class Record:
 
     def digest(self) -> str:
         """Return 16 hexadecimal digits that stand for the record's content."""
-        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest(self._content())
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a dict of JSON types."""
@@ -112,14 +117,14 @@ class Record:
             if not isinstance(provenance, dict) or not _is_plain(provenance):
                 raise RecordsError("its provenance is not a plain object.")
             spec.output_size(extents.height, extents.width)
-            record = cls(spec, extents, threads, decisions, float(seconds), float(default), trials, provenance)
-            # Those of the first version have none.
-            if data.get("digest", record.digest()) != record.digest():
+            # Of what is written, not of what is read: a later version may give a specification more fields. Records
+            # of the first version have none.
+            if "digest" in data and data["digest"] != _digest(data):
                 raise RecordsError(
                     f"the record of {spec.slug} is not what its digest {shown(data['digest'])} was made for: it was "
                     "damaged, or changed by hand."
                 )
-            return record
+            return cls(spec, extents, threads, decisions, float(seconds), float(default), trials, provenance)
         except RecordsError as error:
             raise RecordsError(f"not a tuning record: {error}") from error
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError, BuildError) as error:

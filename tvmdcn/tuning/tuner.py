@@ -261,8 +261,8 @@ def tune_together(
             )
         builders = max(1, min(detect_target().cores or 1, _MOST_BUILDERS))
         # CUDA's compiler takes its time.
-        timeout = 240.0 if info.kind == "cuda" else 60.0
-        return run.results(stack.enter_context(Workers(builders, farm, timeout)))
+        options = {"build_timeout": 240.0} if info.kind == "cuda" else {}
+        return run.results(stack.enter_context(Workers(builders, farm, **options)))
 
 
 @dataclass
