@@ -19,7 +19,7 @@ from handmade import SPEC
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvmdcn import cache
+from tvmdcn import cache, native
 from tvmdcn.artifact import (
     Artifact,
     DamagedArtifact,
@@ -339,3 +339,21 @@ def test_library_for_a_greater_processor_is_not_loaded(cache_dir, monkeypatch):
     lacking = min(artifact.target.features)
     with pytest.raises(ArtifactError, match=f"needs {re.escape(lacking)}, which this machine lacks"):
         artifact.load()
+
+
+def test_a_library_is_loaded_once(cache_dir):
+    """Each time it is loaded it would take memory for ever: modules are never unloaded."""
+    artifact = handmade.build(SPEC)
+    module = artifact.load()
+    assert artifact.load() is module
+    assert module.function(artifact.kernel.entry) is module.function(artifact.kernel.entry)
+    # Another file in its place is another module, and so is the same file elsewhere.
+    content = artifact.library.read_bytes()
+    artifact.library.unlink()
+    artifact.library.write_bytes(content)
+    again = artifact.load()
+    assert again is not module
+    assert artifact.load() is again
+    elsewhere = cache_dir / "elsewhere.so"
+    elsewhere.write_bytes(content)
+    assert native.load_module(elsewhere).path == elsewhere

@@ -27,7 +27,7 @@ def _message(purpose: str, modules: list[str], extra: str) -> str:
     return f"{purpose} needs {' and '.join(modules)}, not installed here: pip install 'tvmdcn[{extra}]'"
 
 
-def require(extra: str, purpose: str) -> None:
+def require(extra: str, purpose: str, without: tuple[str, ...] = ()) -> None:
     """Check that the packages of an extra can be imported, before anything is begun.
 
     Parameters
@@ -36,13 +36,15 @@ def require(extra: str, purpose: str) -> None:
         A key of :data:`EXTRAS`.
     purpose : str
         What needs them, for the message.
+    without : tuple of str
+        Modules of the extra that are not needed this time.
 
     Raises
     ------
     MissingExtra
         If one is missing; the message names all that are, and the command that installs them.
     """
-    missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
+    missing = [name for name in EXTRAS[extra] if name not in without and find_spec(name) is None]
     if missing:
         raise MissingExtra(_message(purpose, missing, extra), name=missing[0])
 

@@ -40,6 +40,7 @@ __all__ = [
     "resolve_target",
 ]
 
+
 @functools.lru_cache(maxsize=1)
 def detect_target() -> CpuTarget:
     """Return this machine's processor as a target, without the compiler.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tvmdcn import env
 from tvmdcn.errors import TuningError, TvmdcnError
 from tvmdcn.extras import explain, require
 from tvmdcn.problems import (
@@ -204,7 +205,8 @@ def tune_command(
             _dry_run(chosen, target, trials or _DRY_TRIALS, seed, rows)
             return
         options["trials"] = _TRIALS * len(chosen) if trials is None else trials
-        require("tune", "tuning")
+        named = target or env.target() or ""
+        require("tune", "tuning", ("xgboost",) if named.startswith(("cuda", "sm_")) else ())
         options["farm"] = _farm(tracker, key, parallel)
         status = _tune(chosen, target, options)
     except (TvmdcnError, OSError) as error:

@@ -9,6 +9,7 @@ tuning.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -201,7 +202,8 @@ class DecisionSearch:
 
     def _fit(self) -> None:
         good = [seconds for _, seconds in self._seen.values() if seconds is not None]
-        if len(self._seen) < _WARM_UP or not good:
+        # Optional here: a machine that has a GPU may have no network, and the evolution alone gets far.
+        if len(self._seen) < _WARM_UP or not good or importlib.util.find_spec("xgboost") is None:
             return
         import xgboost
 

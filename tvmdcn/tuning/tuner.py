@@ -223,7 +223,8 @@ def tune_together(
     if twice is not None:
         raise SpecError(f"two layers would share the log {twice.removesuffix('-t0')}. Give each a name of its own.")
     info = _known_target(target, farm)
-    require("tune", "tuning")
+    # The search for a GPU's schedules does without the cost model's package.
+    require("tune", "tuning", ("xgboost",) if info is not None and info.kind == "cuda" else ())
     root = user_root() if records is None else Path(records)
     with contextlib.ExitStack() as stack:
         machine = None if farm is None else stack.enter_context(farm.opened(info, threads))
