@@ -489,7 +489,9 @@ def saved_whole(layer: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), saved_whole], ids=str
+    "duplicate",
+    [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), saved_whole],
+    ids=["deepcopy", "pickle", "saved"],
 )
 @pytest.mark.parametrize("cls", [DeformConv2d, *PACKS])
 def test_copies(cls, duplicate):
@@ -526,7 +528,7 @@ def test_replicas_as_of_data_parallel(cls):
         assert error(gradient, expected) <= TOLERANCES["gradient float32"]
 
 
-@pytest.mark.parametrize("register", [parametrizations.weight_norm, parametrizations.spectral_norm], ids=str)
+@pytest.mark.parametrize("register", [parametrizations.weight_norm, parametrizations.spectral_norm])
 @pytest.mark.parametrize("cls", [DeformConv2d, ModulatedDeformConv2dPack])
 def test_parametrized_weights(cls, register):
     layer, given = register(layer_of(cls)).eval(), arguments_of(cls)

@@ -158,9 +158,7 @@ def test_every_kind_of_layer(name: str, export: Any, opset: int) -> None:
     assert given == [True, True, True, model.bias is not None, model.mask is not None]
 
 
-@pytest.mark.parametrize(
-    ("export", "opset", "expected"), [(dynamo, 19, 19), (dynamo, None, 20), (torchscript, 22, 22)], ids=str
-)
+@pytest.mark.parametrize(("export", "opset", "expected"), [(dynamo, 19, 19), (dynamo, None, 20), (torchscript, 22, 22)])
 def test_other_opsets(export: Any, opset: int | None, expected: int) -> None:
     model = Layer().eval()
     check(export(model, opset), model, expected)

@@ -304,6 +304,19 @@ def test_model_without_layers_is_left_to_onnxruntime(caplog: pytest.LogCaptureFi
     assert "no DeformConv node" in caplog.text
 
 
+def test_what_is_random_is_drawn_at_each_run() -> None:
+    """A weight without inputs is no constant if it is drawn."""
+    nodes = [helper.make_node("RandomNormal", [], ["w"], shape=SQUARE), layer(["x", "w", "offset"], "y")]
+    inputs = [value("x"), value("offset", shape=("n", 18, "h", "w"))]
+    session = InferenceSession(model_of(nodes, inputs, ["y", value("w", shape=SQUARE)], {}))
+    feed = {"x": image(), "offset": image(2, 18, 7, 9)}
+    (one, w), (other, another) = session.run(None, feed), session.run(None, feed)
+    assert np.abs(one - other).max() > 1e-3
+    assert np.abs(w - another).max() > 1e-3
+    spec = DeformConv2dSpec(CHANNELS, CHANNELS, padding=1, mask=False)
+    assert_same(one, reference(spec, Tensors(feed["x"], feed["offset"], w, None, None)).astype(np.float32))
+
+
 def test_large_parts_go_through_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(onnx_values, "_MOST_BYTES", 0)
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -6,10 +6,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 from tvmdcn.arrays import NumpyArrays, TorchArrays, arrays_of
-from tvmdcn.errors import SpecError
+from tvmdcn.errors import SpecError, SpecTypeError
+from tvmdcn.foreign import call_with, framework_of
 from tvmdcn.kernel import Kernel
 from tvmdcn.runtime import load_for
 from tvmdcn.spec import BORDERS, DeformConv2dSpec
@@ -49,8 +51,9 @@ def deform_conv2d(
     Parameters
     ----------
     input : (N, Cin, H, W)
-        torch.Tensor on the CPU (or "meta") or numpy.ndarray; float16, bfloat16, float32 or float64. A torch tensor in
-        ``torch.channels_last`` is taken as it is, and so is the result.
+        torch.Tensor on the CPU or an NVIDIA GPU (or "meta"), numpy.ndarray, or an array of CuPy or JAX; float16,
+        bfloat16, float32 or float64. A torch tensor in ``torch.channels_last`` is taken as it is, and so is the
+        result.
     offset : (N, offset_groups * 2 * kh * kw, Ho, Wo)
         y before x, taps row by row, offset groups outermost. Of the kind and dtype of `input`, as the
         following.
@@ -83,7 +86,15 @@ def deform_conv2d(
         from tvmdcn.torch.ops import call_operator
 
         return call_operator(input, offset, weight, bias, stride, padding, dilation, mask, border)
-    arrays = arrays_of(input)
+    try:
+        arrays = arrays_of(input)
+    except SpecTypeError:
+        framework = framework_of(input)
+        if framework is None:
+            raise
+        given = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
+        options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "border": border}
+        return call_with(framework, given, partial(deform_conv2d, **options))
     if isinstance(arrays, TorchArrays):
         if not arrays.is_plain_call(input, offset, weight, bias, mask):
             from tvmdcn.torch.ops import call_operator

@@ -63,7 +63,7 @@ def _chosen(names: Sequence[str], pythons: Sequence[str], directions: Sequence[s
         if not separator or not path:
             raise click.BadParameter(f"{text!r} is not of the form PROVIDER=INTERPRETER.", param_hint="--python")
         elsewhere[name] = path
-    known = {**GPU_PROVIDERS, **PROVIDERS}
+    known = {**PROVIDERS, **GPU_PROVIDERS}
     for hint, asked in (("--provider", names), ("--python", tuple(elsewhere))):
         unknown = [name for name in asked if name not in known]
         if unknown:
