@@ -10,7 +10,7 @@ calls them, each time with other sizes and values, as NumPy and as torch, direct
 packed weights and with gradients, from several threads and with wrong arguments. Now and then all kernels are dropped
 and loaded anew from disk, or an artifact is thrown away and built again. Every result is compared with the float64
 reference, and what the process holds (resident memory, file descriptors, threads) is noted every few hundred calls:
-the most in the last quarter of the run may be above the most in the second quarter only by the bounds.
+the median of the last quarter of the run may be above that of the second quarter only by the bounds.
 
 The exit status is 1 if something grew, and an error is raised for a wrong number.
 """
@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import statistics
 import sys
 import tempfile
 import threading
@@ -203,15 +204,15 @@ class Soak:
         self.done["rebuilt"] += 1
 
     def growth(self) -> dict[str, int]:
-        """Return how much more the process held in the last quarter than in the second."""
+        """Return how much more the process held in the last quarter than in the second, in the median."""
         quarters: list[list[Sample]] = [[], [], [], []]
         for sample in self.samples:
             quarters[min(3, 4 * (sample.calls - 1) // self.calls)].append(sample)
-        return {
-            name: max(getattr(sample, name) for sample in quarters[3])
-            - max(getattr(sample, name) for sample in quarters[1])
+        held = {
+            name: [statistics.median_low(getattr(sample, name) for sample in quarter) for quarter in quarters]
             for name in BOUNDS
         }
+        return {name: last - second for name, (_, second, _, last) in held.items()}
 
     def report(self) -> dict[str, Any]:
         """Return the result as a dict of JSON types."""

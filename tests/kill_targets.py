@@ -209,8 +209,9 @@ def tune(root: Path, count: int, inside: bool) -> None:
 
     rng = random.Random(count)
     for number in range(count):
-        # While it begins, and then after so many words; a trial is one, and a round has two more.
-        words, ended, _ = forked(work, rng.random() * 0.6, 0 if number % 4 == 0 else rng.randrange(1, 6))
+        # While it begins, and after so many words: two for the begin of a round, one for each trial.
+        said = 3 * number + 1 if not inside else 0 if number % 4 == 0 else rng.randrange(1, 7)
+        words, ended, _ = forked(work, rng.random() * 0.6, said)
         print(json.dumps({"killed": not ended, **look(words, ended)}), flush=True)
     tuner.Workers = HereWorkers  # type: ignore[misc,assignment]
     result = tuner.tune(TUNED, SIZE, trials=len(before) + 1, threads=1, records=root, name="layer")

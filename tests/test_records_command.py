@@ -112,6 +112,20 @@ def test_show_of_hostile_provenance(tmp_path):
     assert "measured unknown on unknown, unknown; versions unknown" in found.output
 
 
+def test_terminal_obeys_no_stranger(tmp_path):
+    clear = "\x1b[2J\x07"
+    decisions = Decisions(f"x{clear}", {f"y{clear}": 1})
+    strange = provenance(cpu=f"a{clear}b", date=clear, versions={"apache-tvm": clear, "tvmdcn": clear})
+    root = write(tmp_path / "root", record(provenance=strange, decisions=decisions))
+    for command in (("list",), ("show",), ("verify",)):
+        found = run(*command, "--records", root)
+        assert found.stdout
+        assert not {"\x1b", "\x07"} & set(found.output)
+    found = run("merge", root, "--into", tmp_path / "other")
+    assert "refused" in found.output
+    assert "\x1b" not in found.output
+
+
 def test_missing_root_is_told(tmp_path):
     for command in ("list", "show", "verify", "prune"):
         found = run(command, "--records", tmp_path / "nowhere")

@@ -39,6 +39,12 @@ def records_command() -> None:
     """
 
 
+def _say(text: str, err: bool = False) -> None:
+    """Print lines that may hold what a stranger wrote: nothing in it moves a cursor, or is obeyed by a terminal."""
+    lines = ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line) for line in text.split("\n"))
+    click.echo("\n".join(lines), err=err)
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A record, and where it is."""
@@ -76,7 +82,7 @@ class _Entry:
 
 def _text(record: Record, name: str) -> str:
     value = record.provenance.get(name)
-    return value if isinstance(value, str) else "unknown"
+    return " ".join(value.split()) if isinstance(value, str) else "unknown"
 
 
 def _roots(root: Path | None) -> list[Path]:
@@ -114,10 +120,10 @@ def list_command(root: Path | None, tag: str | None, as_json: bool) -> None:
     """
     rows = [entry.columns() for entry in _entries(root, tag)]
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        _say(json.dumps(rows, indent=1))
         return
     if not rows:
-        click.echo("no records" + (f" of {tag}" if tag else "") + ". tvmdcn tune makes some.")
+        _say("no records" + (f" of {tag}" if tag else "") + ". tvmdcn tune makes some.")
         return
     titles = {"vs_default": "vs default"}
     table = [[titles.get(name, name) for name in rows[0]]]
@@ -135,7 +141,7 @@ def _print(table: list[list[str]], right: Iterable[str]) -> None:
             cell.rjust(width) if title in right else cell.ljust(width)
             for title, cell, width in zip(table[0], row, widths, strict=True)
         )
-        click.echo("  ".join(cells).rstrip())
+        _say("  ".join(cells).rstrip())
 
 
 @records_command.command("show")
@@ -161,19 +167,19 @@ def show_command(layers: tuple[str, ...], root: Path | None, tag: str | None) ->
         versions = versions if isinstance(versions, dict) else {}
         tuned_with = ", ".join(f"{name} {versions[name]}" for name in ("tvmdcn", "apache-tvm") if name in versions)
         size = " x ".join(map(str, (record.extents.batch, record.extents.height, record.extents.width)))
-        click.echo(f"{entry.name} on {entry.tag}, {record.threads} thread{'s' if record.threads > 1 else ''}")
-        click.echo(f"  {record.spec.operator} {record.spec.slug}, on {size}")
-        click.echo(f"  schedule: {words}")
-        click.echo(
+        _say(f"{entry.name} on {entry.tag}, {record.threads} thread{'s' if record.threads > 1 else ''}")
+        _say(f"  {record.spec.operator} {record.spec.slug}, on {size}")
+        _say(f"  schedule: {words}")
+        _say(
             f"  {1e3 * record.seconds:.3f} ms, {gain:.2f}x as fast as the default "
             f"({1e3 * record.default_seconds:.3f} ms) in the same run; best of {record.trials} trials"
         )
-        click.echo(
+        _say(
             f"  measured {_text(record, 'date')} on {_text(record, 'cpu')}"
             + (" (virtual machine)" if provenance.get("hypervisor") is True else "")
             + f", {_text(record, 'system')}; {tuned_with or 'versions unknown'}"
         )
-        click.echo(f"  in {entry.root / entry.tag}")
+        _say(f"  in {entry.root / entry.tag}")
 
 
 def _matches(entry: _Entry, patterns: Iterable[str]) -> bool:
@@ -202,9 +208,9 @@ def merge_command(sources: tuple[Path, ...], into: Path | None, tag: str | None,
     for source in sources:
         for verdict in merge(source, root, tag, dry_run):
             counts[verdict.action] = counts.get(verdict.action, 0) + 1
-            click.echo(f"{verdict.action}: {verdict.what}: {verdict.reason}", err=verdict.action == "refused")
+            _say(f"{verdict.action}: {verdict.what}: {verdict.reason}", err=verdict.action == "refused")
     summary = ", ".join(f"{count} {action}" for action, count in counts.items()) or "nothing"
-    click.echo(f"{'would be: ' if dry_run else ''}{summary}; records: {root}")
+    _say(f"{'would be: ' if dry_run else ''}{summary}; records: {root}")
     sys.exit(1 if counts.get("refused") else 0)
 
 
@@ -229,8 +235,8 @@ def prune_command(root: Path | None, tag: str | None, trials: str, dry_run: bool
     for found in _tags(place, tag):
         for line in prune(place, found, trials, dry_run):
             count += 1
-            click.echo(f"{'would go' if dry_run else 'gone'}: {line}")
-    click.echo(f"{count} {'would go' if dry_run else 'gone'}; records: {place}")
+            _say(f"{'would go' if dry_run else 'gone'}: {line}")
+    _say(f"{count} {'would go' if dry_run else 'gone'}; records: {place}")
 
 
 @records_command.command("verify")
@@ -251,13 +257,13 @@ def verify_command(root: Path | None, tag: str | None, compile_all: bool, measur
         for found in _tags(place, tag):
             for finding in check_records(place, found, compile_all):
                 serious += finding.serious
-                click.echo(f"{'wrong' if finding.serious else 'note'}: {finding.where}: {finding.text}")
+                _say(f"{'wrong' if finding.serious else 'note'}: {finding.where}: {finding.text}")
             count += 1
             if measure:
                 _measure(place, found)
     if not count:
         raise RecordsError("there are no records" + (f" of {tag}" if tag else "") + " to verify.")
-    click.echo("all is well" if not serious else f"{serious} wrong")
+    _say("all is well" if not serious else f"{serious} wrong")
     sys.exit(1 if serious else 0)
 
 
@@ -273,10 +279,10 @@ def _measure(root: Path, tag: str) -> None:
         record, entry = drift.record, _Entry(root, tag, drift.record)
         where = f"{tag} {entry.name} t{record.threads}"
         if drift.reason:
-            click.echo(f"{where}: failed: {drift.reason}")
+            _say(f"{where}: failed: {drift.reason}")
             continue
         now, then = drift.default_seconds / drift.seconds, record.default_seconds / record.seconds
         times = f"{1e3 * drift.seconds:.3f} ms now, {1e3 * record.seconds:.3f} ms recorded"
         same = machine == machine_of(record.provenance)
         moved = f"{drift.seconds / record.seconds:.2f}x" if same else "on another machine"
-        click.echo(f"{where}: {times} ({moved}); {now:.2f}x of default now, {then:.2f}x then")
+        _say(f"{where}: {times} ({moved}); {now:.2f}x of default now, {then:.2f}x then")
