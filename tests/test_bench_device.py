@@ -226,7 +226,7 @@ def test_cache_of_unknown_size_is_taken_for_a_large_one(monkeypatch):
 
 def test_device_that_is_not_known_is_a_reason():
     (found,) = compare([SMALL], [1], [fake("right", device="abacus")], protocol=QUICK)
-    assert (found.device, found.reason) == ("abacus", "nothing times calls on the device 'abacus'; there are cpu")
+    assert (found.device, found.reason) == ("abacus", "nothing times calls on the device 'abacus'; there are cpu, cuda")
 
 
 # --- memory ----------------------------------------------------------------------------------------------------
