@@ -183,7 +183,14 @@ def tune(root: Path, count: int, inside: bool) -> None:
 
     def work(say: Callable[[str], None]) -> None:
         options: dict[str, Any] = {"trials": _WANTED, "threads": 1, "records": root, "name": "layer"}
-        result = tuner.tune(TUNED, SIZE, progress=lambda now: say(f"{now.stage} {now.trials}"), **options)
+        told = [""]
+
+        def tell(now: Any) -> None:
+            told.append(f"{now.stage} {now.trials}")
+            if told[-1] != told[-2]:  # on a busy machine the same is told more than once
+                say(told[-1])
+
+        result = tuner.tune(TUNED, SIZE, progress=tell, **options)
         say(f"kept {result.trials}")
 
     def look(words: Sequence[str], ended: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import threading
@@ -32,6 +33,14 @@ def scripts() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def builders(scripts: None) -> Iterator[ProcessPoolExecutor]:
+    """Processes that can import the script: those that all tests share may have begun before its folder was known."""
+    pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+    yield pool
+    pool.shutdown(cancel_futures=True)
+
+
 @pytest.fixture
 def soak() -> Any:
     import soak
@@ -46,11 +55,11 @@ def calls() -> Any:
     return soak_calls
 
 
-def test_short_run(soak: Any, compilers: ProcessPoolExecutor, session_cache_dir: Path, monkeypatch) -> None:
+def test_short_run(soak: Any, builders: ProcessPoolExecutor, session_cache_dir: Path, monkeypatch) -> None:
     layers = soak.draw_layers(LAYERS, 1)
-    soak.build_all(layers, session_cache_dir, compilers)
+    soak.build_all(layers, session_cache_dir, builders)
     monkeypatch.setenv("TVMDCN_BUILD", "never")
-    run = soak.Soak(layers, CALLS, session_cache_dir, 0, compilers)
+    run = soak.Soak(layers, CALLS, session_cache_dir, 0, builders)
     run.run()
     result = run.report()
     assert result["passed"], result["growth"]
@@ -62,10 +71,10 @@ def test_short_run(soak: Any, compilers: ProcessPoolExecutor, session_cache_dir:
     json.dumps(result)
 
 
-def test_artifact_in_use_is_built_again(soak: Any, compilers: ProcessPoolExecutor, session_cache_dir: Path) -> None:
+def test_artifact_in_use_is_built_again(soak: Any, builders: ProcessPoolExecutor, session_cache_dir: Path) -> None:
     layers = soak.draw_layers(LAYERS, 1)[:1]
-    soak.build_all(layers, session_cache_dir, compilers)
-    run = soak.Soak(layers, 4, session_cache_dir, 0, compilers)
+    soak.build_all(layers, session_cache_dir, builders)
+    run = soak.Soak(layers, 4, session_cache_dir, 0, builders)
     run.run()
     run._rebuild(random.Random(0))
     run._forget()
