@@ -104,6 +104,12 @@ def install(patch: Any) -> None:
     patch.setattr(runtime, "_loaded", {})
     patch.setattr(api, "_kernels", {})
     patch.setattr(gradient, "_kernels", {}, raising=False)
+    # Not the cache that tests of compiled kernels share: one would take the other's artifacts for its own.
+    shared = Path(os.environ.get("TVMDCN_CACHE_DIR") or "")
+    if shared.name.startswith("session-cache"):
+        own = shared.with_name(f"handmade-{shared.name}")
+        own.mkdir(mode=0o700, exist_ok=True)
+        patch.setenv("TVMDCN_CACHE_DIR", str(own))
 
 
 def kernel_of(spec: DeformConv2dSpec = SPEC, **options) -> Kernel:

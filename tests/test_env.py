@@ -17,6 +17,7 @@ READERS = {
     "TVMDCN_RECORDS": env.records_dir,
     "TVMDCN_LOCK_TIMEOUT": env.lock_timeout,
     "TVMDCN_TARGET": env.target,
+    "TVMDCN_THREAD_POOL": env.thread_pool,
     "TVMDCN_PACK": env.packs,
 }
 
@@ -44,6 +45,7 @@ def test_every_setting_has_a_reader_and_a_line_of_text():
         ("TVMDCN_RECORDS", None),
         ("TVMDCN_LOCK_TIMEOUT", 600.0),
         ("TVMDCN_TARGET", None),
+        ("TVMDCN_THREAD_POOL", "auto"),
     ],
 )
 def test_defaults(monkeypatch, name, expected):
@@ -104,6 +106,7 @@ def test_directories_become_absolute(monkeypatch, tmp_path):
         ("TVMDCN_NUM_THREADS", "1_0"),
         ("TVMDCN_NUM_THREADS", "٢"),
         ("TVMDCN_NUM_THREADS", "1000000"),
+        ("TVMDCN_THREAD_POOL", "openmp"),
         ("TVMDCN_LOCK_TIMEOUT", "-1"),
         ("TVMDCN_LOCK_TIMEOUT", "nan"),
         ("TVMDCN_LOCK_TIMEOUT", "inf"),

@@ -183,6 +183,7 @@ def test_numbers_of_a_figure_are_a_table_on_request(show, full):
         assert details.locator("table").count() == 0
         details.locator("summary").click()
         table = details.locator("table").first
+        table.locator("tbody tr").first.wait_for()
         assert table.locator("tbody tr").count() == 2 * 6  # two layers, six providers: the naive schedule is not drawn
         assert "median ms" in table.inner_text()
 

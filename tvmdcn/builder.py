@@ -17,8 +17,9 @@ from tvm import tirx
 from tvmdcn.artifact import Artifact, KernelInterface, build_once
 from tvmdcn.cache_key import CacheKey
 from tvmdcn.errors import BuildError, SpecError, SpecTypeError
+from tvmdcn.launcher import write_launcher
 from tvmdcn.linking import linker_for
-from tvmdcn.space import TILE_UNITS, UNIT_BYTES, Decisions, space_of
+from tvmdcn.space import SPLITS, TILE_UNITS, UNIT_BYTES, Decisions, space_of
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.target import TargetInfo, resolve_target
 from tvmdcn.te import DeviceForm, Operator, operator_of
@@ -81,13 +82,14 @@ def naive_schedule(spec: DeformConv2dSpec, target: TargetInfo) -> Any:
 def _annotations(operator: Operator, module: Any) -> dict[str, int]:
     """Return what a schedule has noted about itself on its blocks."""
     found: dict[str, int] = {}
+    noted = (TILE_UNITS, UNIT_BYTES, SPLITS)
 
     def visit(stmt: Any) -> None:
         if isinstance(stmt, tirx.SeqStmt):
             for inner in stmt:
                 visit(inner)
         elif hasattr(stmt, "block"):
-            found.update({k: int(v) for k, v in stmt.block.annotations.items() if k in (TILE_UNITS, UNIT_BYTES)})
+            found.update({k: int(v) for k, v in stmt.block.annotations.items() if k in noted})
             visit(stmt.block.body)
         else:  # a loop, a condition, or a store, which holds no blocks
             for inner in ("body", "then_case", "else_case"):
@@ -102,16 +104,17 @@ def interface_of(spec: DeformConv2dSpec, target: TargetInfo, module: Any) -> Ker
     """Return how the kernel of a scheduled module is called."""
     operator = operator_of(spec)
     if target.kind == "cuda":
-        form = _device_form(spec)
+        form, noted = _device_form(spec), _annotations(operator, module)
         return KernelInterface(
             granule=form.granule,
-            max_tile_units=1,
+            max_tile_units=noted.get(TILE_UNITS, 1),
             packed_shape=form.packed_shape(spec),
             packed_dtype=form.packed_dtype(spec),
             layout=spec.layout,
             entry=operator.name,
             pack=PACK,
             alignment=PACKED_ALIGNMENT,
+            splits=noted.get(SPLITS, 1),
         )
     noted = _annotations(operator, module)
     most = _TASK_BYTES // noted.get(UNIT_BYTES, 1)
@@ -229,10 +232,14 @@ def write_library(executable: Any, target: TargetInfo, library: Path) -> None:
     try:
         if hasattr(os, "memfd_create"):
             # LLVM ends the process when it cannot write a file, on a full disk for example. Object files are small.
-            for name in ("lib0.o", "devc.o"):
+            for name in ("lib0.o", "devc.o", "launcher.o"):
                 memory.append(os.memfd_create(name))
                 (objects / name).symlink_to(f"/proc/{os.getpid()}/fd/{memory[-1]}")
-        executable.export_library(str(library), fcompile=linker, workspace_dir=str(objects))
+        more = []
+        if target.kind == "llvm":
+            more.append(str(objects / "launcher.o"))
+            write_launcher(target.to_tvm(), objects / "launcher.ll", Path(more[0]))
+        executable.export_library(str(library), fcompile=linker, workspace_dir=str(objects), addons=more)
     except BuildError:
         raise
     except (RuntimeError, ValueError) as error:  # what TVM and the compiler that it calls say

@@ -80,7 +80,7 @@ def package_directory(name: str) -> Path:
 def source_digest() -> str:
     """Return the digest of the code that generates kernels: ``te/``, ``schedules/`` and what builds them."""
     here = Path(__file__).parent
-    compilers = ("builder.py", "space.py", "cuda_compiler.py", "cuda_module.py", "nvrtc.py")
+    compilers = ("builder.py", "launcher.py", "space.py", "cuda_compiler.py", "cuda_module.py", "nvrtc.py")
     files = [*(here / name for name in compilers), *sorted((here / "te").rglob("*.py"))]
     named = [(str(path.relative_to(here)), path) for path in files if path.is_file()]
     schedules = package_directory("schedules")

@@ -150,7 +150,7 @@ class CompiledKernel:
         pointers = arrays.pointer(weight), NumpyArrays.pointer(packed)
         for at, pointer in zip(frame.pointers, pointers, strict=True):
             frame.words[at] = pointer
-        thread_pool.use_threads(self.threads or thread_pool.current_count())
+        thread_pool.use_threads(self.threads or thread_pool.current_count(), self._pack_function.team)
         frame.run()
         return PackedWeight(packed, self._name)
 

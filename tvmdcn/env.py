@@ -30,10 +30,12 @@ __all__ = [
     "records_dir",
     "set_default",
     "target",
+    "thread_pool",
     "unknown_names",
 ]
 
 BUILD_MODES = ("auto", "never", "rebuild")
+THREAD_POOLS = ("auto", "tvm")
 # Far above any machine's cores: a slip of the keyboard must not start a million threads.
 MAX_THREADS = 4096
 
@@ -69,6 +71,13 @@ SETTINGS = {
             f"integer from 1 to {MAX_THREADS}",
             "torch's number if torch is loaded, else the processors this process may use",
             "Threads that a kernel runs on.",
+        ),
+        Setting(
+            "TVMDCN_THREAD_POOL",
+            "auto or tvm",
+            "auto",
+            "Whose threads a kernel runs on: torch's (OpenMP) if torch is loaded where the first kernel is, else TVM's "
+            "own (auto); or always TVM's (tvm).",
         ),
         Setting(
             "TVMDCN_RECORDS",
@@ -202,6 +211,22 @@ def num_threads() -> int | None:
     if not (value.isascii() and value.isdecimal() and 1 <= int(value) <= MAX_THREADS):
         raise _refusal("TVMDCN_NUM_THREADS", value)
     return int(value)
+
+
+def thread_pool() -> str:
+    """Return TVMDCN_THREAD_POOL: auto or tvm.
+
+    Raises
+    ------
+    SettingError
+        If it is anything else.
+    """
+    value = _text("TVMDCN_THREAD_POOL")
+    if value is None:
+        return "auto"
+    if value not in THREAD_POOLS:
+        raise _refusal("TVMDCN_THREAD_POOL", value)
+    return value
 
 
 def records_dir() -> Path | None:

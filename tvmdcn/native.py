@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tvmdcn.errors import ArtifactError
+from tvmdcn.openmp import Team, join_team
 
 __all__ = ["Frame", "Function", "Module", "Tensor", "load_module"]
 
@@ -42,6 +43,7 @@ _DL_DTYPES = {
         "float64": (2, 64),
         "bfloat16": (4, 16),
         "uint32": (1, 32),
+        "int64": (0, 64),
     }.items()
 }
 
@@ -235,13 +237,17 @@ def runtime() -> _Runtime:
 
 
 class Function:
-    """A function of a module, by its handle."""
+    """A function of a module, by its handle.
 
-    __slots__ = ("handle", "name")
+    `team` are the threads that its parallel loops run on; None for TVM's pool.
+    """
 
-    def __init__(self, handle: int, name: str) -> None:
+    __slots__ = ("handle", "name", "team")
+
+    def __init__(self, handle: int, name: str, team: Team | None = None) -> None:
         self.handle = handle
         self.name = name
+        self.team = team
 
 
 class Module:
@@ -249,6 +255,7 @@ class Module:
 
     def __init__(self, handle: int, path: Path) -> None:
         self._handle = handle
+        self._team = join_team(path)
         self._functions: dict[str, Function] = {}
         self.path = path
 
@@ -268,7 +275,7 @@ class Module:
         kind, handle = native.invoke(lookup, (_MODULE, self._handle), name.encode(), 0)
         if kind != _FUNCTION:
             raise ArtifactError(f"{self.path} has no function {name}: it was not built by this version. Delete it.")
-        return self._functions.setdefault(name, Function(handle, name))
+        return self._functions.setdefault(name, Function(handle, name, self._team))
 
 
 # By file. Each would take half a kilobyte for ever again: who drops kernels and loads them anew loads the same modules.

@@ -83,7 +83,7 @@ class PreparedCall:
         words = frame.words
         for at, pointer in zip(frame.pointers, pointers):  # noqa: B905 - equal by construction; 0.1 us
             words[at] = pointer
-        thread_pool.use_threads(self._threads)
+        thread_pool.use_threads(self._threads, self._function.team)
         frame.run()
         self._spare.append(frame)
 
@@ -167,7 +167,7 @@ class WidenedCall(PreparedCall):
             words[places[narrow.index]] = address
             if not narrow.is_output:
                 copy[...] = narrow.at(pointers[narrow.index])
-        thread_pool.use_threads(self._threads)
+        thread_pool.use_threads(self._threads, self._function.team)
         frame.run()
         for narrow, (copy, _) in zip(self._narrow, copies):  # noqa: B905
             if narrow.is_output:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many threads a call uses.
 
-TVM keeps one thread pool per calling thread, of a size that is fixed when the pool is made: by default half
-the processors, whatever the process may use. So the pool is made here, before the first parallel call of each
-calling thread, with as many workers as the process has processors, and every call uses as many of them as it
-should. The caller is one of the workers.
+Beside torch, kernels run on torch's threads (`tvmdcn.openmp`). Else on TVM's, which keeps one thread pool per calling
+thread, of a size that is fixed when the pool is made: by default half the processors, whatever the process may use. So
+the pool is made here, before the first parallel call of each calling thread, with as many workers as the process has
+processors, and every call uses as many of them as it should. The caller is one of the workers.
 
 Workers do not survive a fork. In a child that was forked by a thread with a pool, calls from that thread run
 in it alone; new threads make pools of their own. Such a child must leave by ``os._exit``, as those of
@@ -25,6 +25,7 @@ import threading
 from pathlib import Path
 
 from tvmdcn import env, native
+from tvmdcn.openmp import Team
 from tvmdcn.target import available_processors
 
 __all__ = ["current_count", "thread_count", "use_threads"]
@@ -44,22 +45,29 @@ _SHARE_PROCESSORS = -3
 # processors, 2026-11).
 _END_SECONDS = 2  # until a forked process that waits for the workers of its parent is killed
 _SPIN_VARIABLE, _SPIN_COUNT = "TVM_THREAD_POOL_SPIN_COUNT", "2000"
+_FORKED = (
+    "this process was forked by a thread that had used several threads for a kernel; calls from the forked thread use "
+    "one. Use the start method 'spawn', or call from a new thread."
+)
 
 
 class _Local(threading.local):
-    """What TVM's pool of the current thread looks like."""
+    """What the current thread has of TVM's pool, and of OpenMP's."""
 
     used: int = 0  # threads that the next call will use; 0: not set yet
     pool: int = 0  # workers that the pool has; 0: there is none
     default: int = 0  # threads to use where nobody says; 0: not asked for yet
     dead: bool = False  # the process was forked, and the workers stayed behind in the parent
+    of_team: int = 0  # threads of OpenMP that the next call will use; 0: not set yet
+    forked: bool = False  # the process was forked by this thread, whose team stayed behind in the parent
 
 
 _local = _Local()
 
 
 def _after_fork_in_child() -> None:
-    _local.used = 0
+    _local.used = _local.of_team = 0
+    _local.forked = True
     if _local.pool and not _local.dead:
         _local.dead = True
         atexit.register(_explain_end, os.getpid())
@@ -126,9 +134,20 @@ def _quota() -> int:
         return env.MAX_THREADS
 
 
-def use_threads(count: int) -> None:
-    """Make the following calls of the current thread use `count` threads, the caller included."""
-    if _local.used != count:
+def use_threads(count: int, team: Team | None = None) -> None:
+    """Make the following calls of the current thread use `count` threads, the caller included.
+
+    `team`: of functions that do not run on TVM's pool.
+    """
+    if team is not None:
+        if _local.of_team != count:
+            _watch_forks()
+            if _local.forked and count > 1:
+                _log.warning(_FORKED)
+            # OpenMP would wait for threads that stayed in the parent.
+            team.use_threads(1 if _local.forked else count)
+            _local.of_team = count
+    elif _local.used != count:
         _configure(count)
         _local.used = count
 
@@ -138,10 +157,7 @@ def _configure(count: int) -> None:
     set_max_concurrency = getattr(runtime.runtime, _SET_MAX_CONCURRENCY, None)
     if _local.dead:
         if count > 1:
-            _log.warning(
-                "this process was forked by a thread that had used several threads for a kernel; calls from "
-                "the forked thread use one. Use the start method 'spawn', or call from a new thread."
-            )
+            _log.warning(_FORKED)
         if set_max_concurrency is None:
             raise RuntimeError("kernels cannot be called after a fork here; use the start method 'spawn'.")
         set_max_concurrency(1)
