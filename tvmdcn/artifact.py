@@ -61,6 +61,9 @@ class KernelInterface:
         Names of the two functions.
     alignment : int
         Bytes that data pointers must be a multiple of.
+    splits : int
+        Parts into which a kernel for GPUs divides its sums. Where there is more than one, it has an argument for them,
+        ``parts``, before the output. Manifests leave out a 1.
     """
 
     granule: int
@@ -71,6 +74,12 @@ class KernelInterface:
     entry: str = "deform_conv2d"
     pack: str = "pack_weight"
     alignment: int = 4
+    splits: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the interface as a dict of JSON types."""
+        data = asdict(self)
+        return data if self.splits > 1 else {name: value for name, value in data.items() if name != "splits"}
 
     @classmethod
     def from_json(cls, data: Any) -> KernelInterface:
@@ -81,10 +90,10 @@ class KernelInterface:
         ArtifactError
             If a field is missing, unknown, or has a value that it cannot have.
         """
-        if not isinstance(data, dict) or set(data) != {field.name for field in fields(cls)}:
+        if not isinstance(data, dict) or {*data, "splits"} != {field.name for field in fields(cls)}:
             raise ArtifactError("the field kernel has other keys than this version writes.")
         shape = data["packed_shape"]
-        positive = [data["granule"], data["max_tile_units"], data["alignment"]]
+        positive = [data["granule"], data["max_tile_units"], data["alignment"], data.get("splits", 1)]
         positive += shape if isinstance(shape, list) else [None]
         if not all(type(value) is int and 0 < value < 1 << 31 for value in positive):
             raise ArtifactError("the field kernel holds a size that is not a positive integer.")
@@ -365,7 +374,7 @@ def build_once(
                 "schema": SCHEMA,
                 "key": key.to_json(),
                 "target": target.to_json(),
-                "kernel": asdict(kernel),
+                "kernel": kernel.to_json(),
                 "schedule": dict(schedule),
                 "created": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
                 "build_seconds": round(seconds, 3),

@@ -17,7 +17,17 @@ from typing import Any
 from tvmdcn.errors import BuildError
 from tvmdcn.target import TargetInfo
 
-__all__ = ["TILE_UNITS", "UNIT_BYTES", "VARIANT", "Choices", "Decisions", "DesignSpace", "design_space", "space_of"]
+__all__ = [
+    "SPLITS",
+    "TILE_UNITS",
+    "UNIT_BYTES",
+    "VARIANT",
+    "Choices",
+    "Decisions",
+    "DesignSpace",
+    "design_space",
+    "space_of",
+]
 
 VARIANT = "tvmdcn.variant"
 """Annotation of the first block: which structural variant a trace belongs to."""
@@ -25,6 +35,8 @@ TILE_UNITS = "tvmdcn.tile_units"
 """Annotation of the first block: the largest tile that a call should use."""
 UNIT_BYTES = "tvmdcn.unit_bytes"
 """Annotation of the first block: memory that a task takes per unit of its tile."""
+SPLITS = "tvmdcn.splits"
+"""Annotation of the first block: into how many parts sums are divided, which a call has memory for."""
 
 _SPACES: dict[tuple[str, str], DesignSpace] = {}
 
