@@ -68,6 +68,16 @@ def test_any_number_of_threads_gives_the_same_bits():
     assert run(START, code, OMP_NUM_THREADS="2").stdout.split("\n")[0] == "True 60 [0, 0, 1, 2, 2] 2"
 
 
+def test_kernel_without_parallel_loops():
+    code = """
+    import torch
+    naive, tuned = tvmdcn.load(spec, schedule="naive", threads=2), tvmdcn.load(spec, threads=2)
+    assert np.allclose(result(naive), result(tuned), atol=1e-5)
+    print(naive._function.team, tuned._function.team is not None)
+    """
+    assert run(START, code).stdout.strip() == "None True"
+
+
 def test_torch_keeps_its_number_of_threads():
     code = """
     import torch

@@ -24,6 +24,7 @@ from tvmdcn import env
 __all__ = ["Team", "join_team"]
 
 _LIBRARY = re.compile(r"lib(?:gomp|iomp5|omp)(?:-[-\w]+)?\.so[.\d]*")
+_START = "__TVMBackendParallelLaunch"
 _FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
@@ -48,7 +49,7 @@ class Team:
 
     def takes(self, kernel: ctypes.CDLL) -> None:
         """Let the loops of a kernel's library be started by this team."""
-        ctypes.c_void_p.in_dll(kernel, "__TVMBackendParallelLaunch").value = self._launch
+        ctypes.c_void_p.in_dll(kernel, _START).value = self._launch
 
 
 def _was_forked() -> bool:
@@ -102,7 +103,8 @@ def join_team(path: Path) -> Team | None:
         if _decided and _decided[0] is None:
             return None
         kernel = ctypes.CDLL(str(path))
-        if not hasattr(kernel, "tvmdcn_launch"):
+        # The second is missing in a kernel without parallel loops, such as a naive one.
+        if not (hasattr(kernel, "tvmdcn_launch") and hasattr(kernel, _START)):
             return None
         if not _decided:
             openmp = None if env.thread_pool() == "tvm" or _was_forked() else _loaded_openmp()
