@@ -64,10 +64,11 @@ class Part:
 def parts(target: str, trials: int) -> list[Part]:
     """Return the parts, the most valuable first."""
 
-    def tune(kind: str, share: float) -> Part:
+    def tune(kind: str, share: float, operator: str = "deform_conv2d") -> Part:
         words = ["-m", "tvmdcn", "tune", "--file", f"{{work}}/problems-{kind}.json", "--target", target]
+        words += ["--operator", operator]
         words += ["--trials", str(trials), "--time-budget", "{seconds}", "--output", "{work}/tuning_logs"]
-        return Part(f"tune-{kind}", words, share)
+        return Part(f"tune-{'' if operator == 'deform_conv2d' else 'gradients-'}{kind}", words, share)
 
     def benchmark(kind: str, file: str, providers: Sequence[str], *more: str, name: str, share: float = 1.0) -> Part:
         words = ["-m", "tvmdcn", "benchmark", "--problem-file", f"{{work}}/{file}-{kind}.json", "--resume", *more]
@@ -77,18 +78,24 @@ def parts(target: str, trials: int) -> list[Part]:
         return Part(f"{name}-{kind}", words, share)
 
     everyone = (*OURS, *PEERS)
+    backward = ("--direction", "backward", "--batch", "1,8")
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda_gpu.py", "--junitxml={work}/tests.xml"]
+    values = "(layers and float16 or stream or graph or memory) and not gradients"
     return [
         Part("machine", ["scripts/gpu_session.py", "--describe", "{work}/machine.json"]),
-        Part("tests-values", [*tests, "-k", "layers and float16 or stream or graph or memory"], 0.4),
+        Part("tests-values", [*tests, "-k", values], 0.4),
         benchmark("float16", "first", everyone, "--roofs", name="first-look", share=0.3),
         tune("float16", 0.7),
         benchmark("float16", "problems", everyone, "--batch", "1,8", name="benchmark"),
+        Part("tests-gradients", [*tests, "-k", "gradients and not tf32 and not float64"], 0.4),
+        tune("float16", 0.6, "deform_conv2d_grad"),
+        benchmark("float16", "problems", everyone, *backward, name="backward"),
         tune("tf32", 0.7),
         benchmark("tf32", "problems", everyone, "--batch", "1,8", "--roofs", name="benchmark"),
         Part("tests", [*tests, "-k", "not sanitizer"]),
         benchmark("float32", "problems", everyone, "--batch", "8", "--roofs", name="benchmark"),
-        benchmark("float16", "problems", everyone, "--direction", "all", "--batch", "8", name="backward"),
+        tune("float32", 0.6, "deform_conv2d_grad"),
+        benchmark("float32", "problems", everyone, *backward, name="backward"),
         Part("tests-sanitizer", [*tests, "-k", "sanitizer"]),
     ]
 
@@ -225,7 +232,7 @@ def dry_run(session: Session, target: str, trials: int, limit: int) -> None:
     for part in listed:
         click.echo(f"{part.name}: {' '.join(part.command)}")
     items = json.loads((session.work / "first-float16.json").read_text())[:limit]
-    words = ["-m", "tvmdcn", "tune", "--dry-run", "--target", target, "--trials", "2"]
+    words = ["-m", "tvmdcn", "tune", "--dry-run", "--operator", "all", "--target", target, "--trials", "2"]
     for item in items:
         words += ["--problem", item["problem"]]
     words += ["--rows", str(session.work / "dry-run.jsonl")]

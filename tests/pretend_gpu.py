@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+import tvm
 from cuda_emulator import run_emulated
-from cuda_emulator.host import DeviceProgram
+from cuda_emulator.host import DeviceProgram, compile_for_emulation
 
-from tvmdcn import cuda_calls, cuda_kernel
+from tvmdcn import builder, cuda_calls, runtime
 from tvmdcn.cuda_arrays import TorchCudaArrays
-from tvmdcn.cuda_kernel import CudaKernel
+from tvmdcn.cuda_compiled import CompiledCudaKernel
 from tvmdcn.native import Tensor
+from tvmdcn.space import space_of
 
-__all__ = ["GPU", "PretendArrays", "install", "kernel_of"]
+__all__ = ["GPU", "PretendArrays", "install", "kernel_of", "program_of"]
 
 GPU = 0
 _DTYPES = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32, "float64": np.float64}
-_DTYPES["uint32"] = np.uint32
+_DTYPES |= {"uint32": np.uint32, "int64": np.int64, "uint8": np.uint8}
 
 
 class PretendArrays(TorchCudaArrays):
@@ -89,7 +92,7 @@ class PretendArrays(TorchCudaArrays):
 class _Frame:
     """What `tvmdcn.native.Frame` is, for an emulated function."""
 
-    program: DeviceProgram
+    run_function: Callable[[str, list[Any]], object]
 
     def __init__(self, function: Any, arguments: Sequence[Tensor | int], gpu: int | None = None) -> None:
         assert gpu == GPU
@@ -106,7 +109,7 @@ class _Frame:
                 continue
             memory = (ctypes.c_char * argument.bytes).from_address(word)
             values.append(np.frombuffer(memory, _DTYPES[argument.dtype]).reshape(argument.shape))
-        run_emulated(self.program, None, values, self._name)
+        self.run_function(self._name, values)
 
 
 class _Runtime:
@@ -121,19 +124,41 @@ class _Runtime:
         return before
 
 
-def install(monkeypatch: Any, program: DeviceProgram) -> tuple[PretendArrays, _Runtime]:
-    """Let calls on GPUs run the functions of a program, by the names of the compiled ones."""
-    arrays, runtime = PretendArrays(), _Runtime()
-    frame = type("Frame", (_Frame,), {"program": program})
+def install(
+    monkeypatch: Any, program: DeviceProgram | Callable[[str, list[Any]], object]
+) -> tuple[PretendArrays, _Runtime]:
+    """Let calls on GPUs run the functions of a program, by the names of the compiled ones.
+
+    A program in Python is called with the name and the arguments, arrays (bfloat16's bits) and ints.
+    """
+
+    def run_function(name: str, values: list[Any]) -> None:
+        if isinstance(program, DeviceProgram):
+            run_emulated(program, None, values, name)
+        else:
+            program(name, values)
+
+    arrays, stand_in = PretendArrays(), _Runtime()
+    frame = type("Frame", (_Frame,), {"run_function": staticmethod(run_function)})
     monkeypatch.setattr(cuda_calls, "Frame", frame)
-    monkeypatch.setattr(cuda_calls.native, "runtime", lambda: runtime)
-    monkeypatch.setattr(cuda_kernel, "arrays_of", lambda array: arrays)
-    monkeypatch.setattr(CudaKernel, "_arrays", lambda self, array: arrays)
-    monkeypatch.setattr(CudaKernel, "_check_gpu", lambda self, gpu: None)
-    return arrays, runtime
+    monkeypatch.setattr(cuda_calls.native, "runtime", lambda: stand_in)
+    monkeypatch.setattr(CompiledCudaKernel, "_arrays", lambda self, array: arrays)
+    monkeypatch.setattr(CompiledCudaKernel, "_check_gpu", lambda self, gpu: None)
+    return arrays, stand_in
 
 
-def kernel_of(spec: Any, target: Any, interface: Any) -> CudaKernel:
+@functools.cache
+def program_of(spec: Any, target: Any) -> tuple[DeviceProgram, Any]:
+    """Return the functions of a specification's default schedule, compiled for the emulator, and their interface."""
+    schedule = builder.new_schedule(spec, target)
+    space_of(spec.operator, "cuda").schedule(schedule, spec, target, None)
+    module = builder.device_module(spec, target, schedule.mod)
+    with tvm.transform.PassContext(instruments=[builder.OwnBarriers()]):
+        program = compile_for_emulation(module, target.to_tvm())
+    return program, builder.interface_of(spec, target, schedule.mod)
+
+
+def kernel_of(spec: Any, target: Any, interface: Any) -> Any:
     """Return a kernel whose functions have names and no code of their own."""
     artifact: Any = SimpleNamespace(
         spec=spec,
@@ -143,4 +168,4 @@ def kernel_of(spec: Any, target: Any, interface: Any) -> CudaKernel:
         path=SimpleNamespace(name=f"{spec.operator}-pretended"),
         load=lambda: SimpleNamespace(function=lambda name: SimpleNamespace(name=name)),
     )
-    return CudaKernel(artifact)
+    return runtime._CUDA_KERNELS[spec.operator](artifact)

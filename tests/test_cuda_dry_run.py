@@ -62,6 +62,20 @@ def test_table_shows_what_candidates_take():
     assert "failed: 2 x too much shared memory, for example: too much shared memory: x" in lines
 
 
+def test_table_shows_all_products_of_gradients():
+    from rich.console import Console
+
+    text = io.StringIO()
+    found = row(0)
+    kernel = found["kernels"].pop("deform_conv2d_kernel")
+    product, copy = {**kernel, "registers": 91}, {**kernel, "registers": 5, "instructions": {"LDG": 1}}
+    named = {"deform_conv2d_grad_kernel": copy, "deform_conv2d_grad_kernel_1": kernel}
+    found["kernels"] |= {**named, "deform_conv2d_grad_kernel_3": product}
+    dry_run.print_rows([found], Console(file=text, width=140))
+    table = [line.split()[:3] for line in text.getvalue().splitlines() if line.split()[:1] == ["0"]]
+    assert table == [["0", "1", "74"], ["0", "3", "91"]]
+
+
 @needs_nvcc
 def test_command_compiles_and_keeps_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
@@ -79,6 +93,15 @@ def test_command_compiles_and_keeps_rows(tmp_path):
         assert kernel["threads"] % 32 == 0
         if find_tool("nvdisasm") is not None:
             assert kernel["instructions"]["HMMA"] > 0
+
+
+@needs_nvcc
+def test_command_compiles_gradients():
+    words = ["tune", "--problem", "1,64,12,13,64,dtype=float16,layout=NHWC", "--dry-run", "--target", "cuda-sm_90"]
+    words += ["--operator", "deform_conv2d_grad", "--trials", "1"]
+    result = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "backward for cuda-sm_90: 1 of 1 compile" in result.output
 
 
 def test_processors_have_no_dry_run():

@@ -253,11 +253,12 @@ __device__ __forceinline__ void red_half8(half* p, unsigned v) {
       atomicAdd(x, 0.5f);
       int before = atomicAdd(n, 2);
       if (before == 0) first[0] = threadIdx.x;
+      atomicMax((unsigned*)first + 1, threadIdx.x ^ 5);
       red4(x + 4, 1.0f, 2.0f, 3.0f, (float)threadIdx.x);
       red_half2((half2*)h, 0x3c004000u);
       red_half8(h + 8, 0x40003c00u);
       red_bfloat2(b, 0x3f804000u);"""
-    x, n, first = np.zeros(8, np.float32), np.zeros(1, np.int32), np.full(1, -1, np.int32)
+    x, n, first = np.zeros(8, np.float32), np.zeros(1, np.int32), np.array([-1, 0], np.int32)
     h, b = np.zeros(16, np.float16), np.zeros(4, np.uint16)
     launch(
         body, "float* x, int* n, int* first, half* h, nv_bfloat16* b", [x, n, first, h, b], grid=(3,), prelude=prelude
@@ -265,6 +266,7 @@ __device__ __forceinline__ void red_half8(half* p, unsigned v) {
     assert x.tolist() == [48, 0, 0, 0, 96, 192, 288, 3 * 496]
     assert n[0] == 192
     assert first[0] >= 0
+    assert first[1] == 31
     assert h.tolist() == [192, 96, 0, 0, 0, 0, 0, 0, 96, 192, 96, 192, 96, 192, 96, 192]
     assert _from_bfloat(b).tolist() == [0, 0, 192, 96]
 

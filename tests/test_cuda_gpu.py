@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators on a GPU: numbers against float64, streams, graphs, devices, memory, torch's transformations.
 
-Skipped where there is no NVIDIA GPU; there `tests/test_cuda_schedules.py` runs the same kernels in an emulator.
+Skipped where there is no NVIDIA GPU; there an emulator runs the same kernels (`tests/test_cuda_schedules.py`,
+`tests/test_cuda_grad_schedules.py`, `tests/test_cuda_weight_gradients.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import shutil
 import subprocess
@@ -25,6 +27,7 @@ from tvmdcn.errors import DeviceError, SpecError, SpecTypeError
 from tvmdcn.reference import reference
 from tvmdcn.reference_grad import expected_gradients
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
+from tvmdcn.tensors import numpy_dtype
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -382,47 +385,284 @@ def test_autocast():
     assert torch.equal(found, tvmdcn.deform_conv2d(**halves, **geometry(spec)))
 
 
+# ---- gradients ----------------------------------------------------------------------------------------------
+
+NAMES = ("input", "offset", "weight", "bias", "mask")
+
+
+def gradients_of(spec, tensors, drawn, needs=(True,) * 5, border="torchvision", device="cuda:0"):
+    """Return the gradients as tensors, by the names of a kernel's outputs."""
+    arguments = arguments_of(tensors, spec, device)
+    del arguments["bias"]
+    grad_output = on_gpu(drawn, spec, device)
+    found = tvmdcn.deform_conv2d_backward(grad_output, **arguments, **geometry(spec), needs=needs, border=border)
+    return {f"grad_{name}": tensor for name, tensor in found._asdict().items() if tensor is not None}
+
+
+def drawn_for(spec, extents, seed=1):
+    return np.random.default_rng(seed).standard_normal(spec.output_shape(extents)).astype(numpy_dtype(spec.dtype))
+
+
+def expected_of(spec, tensors, drawn, **flags):
+    given = {name: array for name, array in vars(tensors).items() if array is not None and name != "bias"}
+    return expected_gradients(DeformConv2dGradSpec.of(spec, **flags), {"grad_output": drawn, **given})
+
+
+def assert_gradients(spec, found, expected, dtype):
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        tensor = found[name]
+        assert tensor.dtype == getattr(torch, spec.dtype)
+        image = name.removeprefix("grad_") in ("input", "offset", "mask")
+        if image and spec.layout == "NHWC":
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
+            tensor = tensor.permute(0, 2, 3, 1)
+        assert tensor.is_contiguous()
+        assert error_of(tensor.double().cpu().numpy(), array) <= 4 * TOLERANCES[dtype], name
+
+
+# A kernel of gradients takes its compiler ten seconds: few layers in all dtypes, more in those that people train with.
+FEW = ("asymmetric", "plain", "groups")
+MORE = (*FEW, "no mask", "odd channels", "offset groups", "depthwise", "few pixels", "wide")
+GRADIENTS = [(name, dtype) for dtype in DTYPES for name in (MORE if dtype in ("float16", "float32") else FEW)]
+
+
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "tf32", "float64"])
-@pytest.mark.parametrize(
-    "name", ["asymmetric", "plain", "offset groups", "groups", "depthwise", "no mask", "few pixels"]
-)
+@pytest.mark.parametrize(("name", "dtype"), GRADIENTS)
 def test_gradients(name, dtype, layout):
     layer, extents = LAYERS[name]
     spec = with_dtype(layer, dtype, layout)
-    tensors = case(spec, extents)
-    given = {name: array for name, array in vars(tensors).items() if array is not None}
-    arguments = {name: tensor for name, tensor in arguments_of(tensors, spec).items() if tensor is not None}
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in arguments.items()}
+    for seed, sizes in enumerate((extents, Extents(1, extents.height + 3, extents.width + 1))):
+        tensors, drawn = case(spec, sizes, seed=seed), drawn_for(spec, sizes)
+        assert_gradients(spec, gradients_of(spec, tensors, drawn), expected_of(spec, tensors, drawn), dtype)
+
+
+@pytest.mark.parametrize("needs", ["input", "offset mask", "weight", "bias", "input weight", "offset mask bias"])
+def test_gradients_that_are_asked_for(needs):
+    asked = tuple(name in needs.split() for name in NAMES)
+    flags = {f"grad_{name}": name in needs.split() for name in NAMES[:-1]}
+    for layer, dtype, layout in ((LAYERS["plain"][0], "float16", "NHWC"), (ASYMMETRIC, "float32", "NCHW")):
+        spec, extents = with_dtype(layer, dtype, layout), Extents(2, 11, 13)
+        tensors, drawn = case(spec, extents), drawn_for(spec, extents)
+        expected = expected_of(spec, tensors, drawn, **flags)
+        assert_gradients(spec, gradients_of(spec, tensors, drawn, asked), expected, dtype)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "dtype", "border"),
+    [
+        *itertools.product(
+            ("zero", "integer", "half", "border", "far", "huge", "infinite", "nan"),
+            ("float16", "float32", "tf32"),
+            ("torchvision",),
+        ),
+        *itertools.product(("zero", "border"), ("float32",), ("mmcv",)),
+    ],
+)
+def test_gradients_at_places(offsets, dtype, border):
+    for layer, layout in ((LAYERS["plain"][0], "NHWC"), (ASYMMETRIC, "NCHW")):
+        spec, extents = with_dtype(layer, dtype, layout), Extents(2, 11, 13)
+        tensors, drawn = case(spec, extents, offsets), drawn_for(spec, extents)
+        found = gradients_of(spec, tensors, drawn, border=border)
+        assert_gradients(spec, found, expected_of(spec, tensors, drawn, border=border), dtype)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_gradients_by_autograd(layout):
+    spec = with_dtype(LAYERS["plain"][0], "float32", layout)
+    extents = LAYERS["plain"][1]
+    tensors, drawn = case(spec, extents), drawn_for(spec, extents)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in arguments_of(tensors, spec).items()}
     output = tvmdcn.deform_conv2d(**leaves, **geometry(spec))
-    drawn = np.random.default_rng(1).standard_normal(spec.output_shape(extents)).astype(tensors.input.dtype)
     output.backward(on_gpu(drawn, spec))
-    del given["bias"]
-    expected = expected_gradients(DeformConv2dGradSpec.of(spec), {"grad_output": drawn, **given})
-    tolerance = 4 * TOLERANCES[dtype]
-    for name, array in expected.items():
-        leaf = leaves[name.removeprefix("grad_")]
-        found = leaf.grad.double().cpu().numpy()
-        if layout == "NHWC" and leaf.dim() == 4 and name != "grad_weight":
-            found = found.transpose(0, 2, 3, 1)
-        assert error_of(found, array) <= tolerance, name
+    found = {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
+    assert_gradients(spec, found, expected_of(spec, tensors, drawn), "float32")
 
 
-def test_deterministic_gradients():
-    spec = with_dtype(LAYERS["plain"][0], "float16", "NHWC")
-    arguments = arguments_of(case(spec, Extents(2, 19, 23)), spec)
+def test_gradients_of_gradients():
+    """First derivatives by differences, and second ones, which are the formula's."""
+    spec = with_dtype(DeformConv2dSpec(4, 2, (2, 1), padding=(1, 0), groups=2, offset_groups=2), "float64")
+    leaves = arguments_of(case(spec, Extents(1, 4, 3)), spec)
+    inputs = [leaves[name].detach().requires_grad_() for name in NAMES]
 
-    def gradients():
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in arguments.items()}
-        tvmdcn.deform_conv2d(**leaves, **geometry(spec)).float().square().sum().backward()
-        return [leaf.grad for leaf in leaves.values()]
+    def layer(*tensors):
+        return tvmdcn.deform_conv2d(**dict(zip(NAMES, tensors, strict=True)), **geometry(spec))
 
+    # The input's gradient is added up in any order.
+    assert torch.autograd.gradcheck(layer, inputs, nondet_tol=1e-12)
+    assert torch.autograd.gradgradcheck(layer, inputs, nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["plain", "groups", "few channels"])
+@pytest.mark.parametrize(("dtype", "layout"), [("float16", "NHWC"), ("float32", "NCHW"), ("float32", "NHWC")])
+def test_gradients_that_repeat_to_the_last_bit(name, dtype, layout):
+    layer, extents = LAYERS[name]
+    spec = with_dtype(layer, dtype, layout)
+    tensors, drawn = case(spec, extents), drawn_for(spec, extents)
+
+    def repeated(names):
+        first = gradients_of(spec, tensors, drawn)
+        for _ in range(5):
+            again = gradients_of(spec, tensors, drawn)
+            assert all(torch.equal(first[name], again[name]) for name in names)
+        return first
+
+    repeated(["grad_offset", "grad_mask", "grad_weight", "grad_bias"])
     torch.use_deterministic_algorithms(True)
     try:
-        first = gradients()
-        assert all(all(map(torch.equal, first, gradients())) for _ in range(5))
+        found = repeated(["grad_input", "grad_offset", "grad_mask", "grad_weight", "grad_bias"])
     finally:
         torch.use_deterministic_algorithms(False)
+    assert_gradients(spec, found, expected_of(spec, tensors, drawn), dtype)
+
+
+def test_gradients_of_no_images():
+    spec = with_dtype(LAYERS["plain"][0], "float16", "NHWC")
+    leaves = {
+        name: t.detach().requires_grad_() for name, t in arguments_of(case(spec, Extents(1, 9, 10)), spec).items()
+    }
+    none = {name: leaf[:0] if name not in ("weight", "bias") else leaf for name, leaf in leaves.items()}
+    tvmdcn.deform_conv2d(**none, **geometry(spec)).sum().backward()
+    assert all(not leaf.grad.any() for leaf in leaves.values())
+
+
+def test_gradients_on_the_current_stream():
+    spec, extents = with_dtype(LAYERS["plain"][0], "float16", "NHWC"), Extents(2, 19, 23)
+    tensors, drawn = case(spec, extents), drawn_for(spec, extents)
+    expected = gradients_of(spec, tensors, drawn)
+    arguments = arguments_of(tensors, spec)
+    del arguments["bias"]
+    given = on_gpu(drawn, spec)
+    late = torch.zeros_like(given)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        slow()
+        late.copy_(given)
+        found = tvmdcn.deform_conv2d_backward(late, **arguments, **geometry(spec))
+        done = torch.cuda.Event()
+        done.record()
+    assert not done.query()  # the call is back, its work is not done
+    done.synchronize()
+    assert torch.equal(found.weight, expected["grad_weight"])
+    torch.testing.assert_close(found.input, expected["grad_input"], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_gradients_in_a_cuda_graph(layout, deterministic):
+    """A step of a training: forward, backward, and a change of the weight, which is packed in the graph."""
+    spec, extents = with_dtype(LAYERS["plain"][0], "float32", layout), Extents(2, 19, 23)
+    arguments = arguments_of(case(spec, extents), spec)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in arguments.items()}
+    weights = [leaves["weight"], leaves["bias"]]
+    start = [weight.detach().clone() for weight in weights]
+
+    def step():
+        output = tvmdcn.deform_conv2d(**leaves, **geometry(spec))
+        found = torch.autograd.grad(output.square().sum(), list(leaves.values()))
+        with torch.no_grad():
+            for weight, gradient in zip(leaves.values(), found, strict=True):
+                if weight is leaves["weight"] or weight is leaves["bias"]:
+                    weight.sub_(gradient, alpha=1e-5)
+        return found
+
+    def restart():
+        with torch.no_grad():
+            for weight, value in zip(weights, start, strict=True):
+                weight.copy_(value)
+
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step()
+        restart()
+        for _ in range(3):
+            graph.replay()
+        replayed = [tensor.clone() for tensor in (*found, *weights)]
+        restart()
+        for _ in range(3):
+            last = step()
+        for one, other in zip(replayed, (*last, *weights), strict=True):
+            if deterministic:
+                assert torch.equal(one, other)
+            else:
+                torch.testing.assert_close(one, other.detach(), rtol=1e-4, atol=1e-3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_gradients_on_several_devices():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    spec, extents = with_dtype(LAYERS["plain"][0], "float32"), Extents(2, 9, 10)
+    tensors, drawn = case(spec, extents), drawn_for(spec, extents)
+    torch.cuda.set_device(0)
+    first, second = (gradients_of(spec, tensors, drawn, device=device) for device in ("cuda:0", "cuda:1"))
+    assert torch.cuda.current_device() == 0
+    for name, tensor in second.items():
+        assert tensor.device.index == 1
+        torch.testing.assert_close(first[name].cpu(), tensor.cpu(), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_take_the_memory_that_they_say():
+    from tvmdcn.grad_scratch import scratch_tensors, split_of
+
+    for layout in ("NCHW", "NHWC"):
+        spec, extents = with_dtype(DeformConv2dSpec(128, 128, padding=1), "float16", layout), Extents(4, 64, 64)
+        tensors, drawn = case(spec, extents), drawn_for(spec, extents)
+        kernel = tvmdcn.load(DeformConv2dGradSpec.of(spec), "cuda")
+        arguments = arguments_of(tensors, spec)
+        given = on_gpu(drawn, spec), arguments["input"], arguments["offset"], arguments["weight"], arguments["mask"]
+        kernel(*given)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        found = [tensor for tensor in kernel(*given) if tensor is not None]
+        extra = torch.cuda.max_memory_allocated() - held - sum(t.numel() * t.element_size() for t in found)
+        pixels = extents.batch * extents.height * extents.width
+        interface = kernel.artifact.kernel
+        splits, _ = split_of(kernel.spec, -(-pixels // interface.granule), interface.max_tile_units)
+        scratch = scratch_tensors(kernel.spec, pixels, pixels, splits)
+        said = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in scratch.values())
+        assert extra <= said + (64 << 10)
+
+
+def test_gradients_of_mixed_devices_are_refused():
+    spec, extents = with_dtype(LAYERS["plain"][0], "float32"), Extents(1, 9, 10)
+    arguments = arguments_of(case(spec, extents), spec)
+    del arguments["bias"]
+    arguments["grad_output"] = on_gpu(drawn_for(spec, extents), spec)
+    for name in arguments:
+        with pytest.raises(SpecTypeError, match=f"{name} is .*"):
+            tvmdcn.deform_conv2d_backward(**{**arguments, name: arguments[name].cpu()}, **geometry(spec))
+
+
+def test_gradients_under_autocast_and_compile():
+    layer = tvmdcn.DeformConv2d(16, 24, 3, padding=1, bias=True).cuda()
+    field = torch.nn.Conv2d(16, 18, 3, padding=1).cuda()
+    x = torch.randn(2, 16, 20, 21, device="cuda")
+    parameters = [*layer.parameters(), *field.parameters()]
+
+    def model(x):
+        return layer(x, field(x)).float().square().sum()
+
+    def gradients(function, dtype=None):
+        with torch.autocast("cuda", dtype or torch.float16, enabled=dtype is not None):
+            loss = function(x)
+        return torch.autograd.grad(loss, parameters)
+
+    expected = gradients(model)
+    for one, other in zip(expected, gradients(torch.compile(model, fullgraph=True)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+    for one, other in zip(expected, gradients(model, torch.float16), strict=True):
+        assert other.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=0.1, atol=0.05 * float(one.abs().max()))
 
 
 # ---- other frameworks, and the sanitizer --------------------------------------------------------------------
@@ -460,7 +700,12 @@ for layout in (torch.contiguous_format, torch.channels_last):
     offset.view(-1)[::5], offset.view(-1)[1::7] = math.nan, math.inf
     mask = torch.rand(2, {groups} * 9, 13, 11, device="cuda", dtype=torch.{dtype})
     weight = torch.randn(48, 32, 3, 3, device="cuda", dtype=torch.{dtype})
-    print(float(tvmdcn.deform_conv2d(x, offset, weight, None, 1, 1, 1, mask).float().abs().sum()))
+    output = tvmdcn.deform_conv2d(x, offset, weight, None, 1, 1, 1, mask)
+    print(float(output.float().abs().sum()))
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        for found in tvmdcn.deform_conv2d_backward(output, x, offset, weight, mask, 1, 1, 1):
+            print(float(found.float().abs().sum()))
 torch.cuda.synchronize()
 """
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shutil
 
 import numpy as np
@@ -19,14 +18,11 @@ if shutil.which("g++") is None:
 
 import pretend_gpu
 import torch
-import tvm
-from cuda_emulator.host import compile_for_emulation
+from pretend_gpu import program_of
 
-from tvmdcn import builder, cuda_kernel
 from tvmdcn.errors import DeviceError, SpecError, SpecTypeError
 from tvmdcn.problems import make_tensors
 from tvmdcn.reference import reference
-from tvmdcn.space import space_of
 from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import resolve_target
 
@@ -37,23 +33,12 @@ TOLERANCES = {"float16": 2e-3, "float32": 4e-6}
 ORDER = ("input", "offset", "weight", "bias", "mask")
 
 
-@functools.cache
-def program_of(spec):
-    """Return a layer's default schedule, compiled for the emulator, and its interface."""
-    schedule = builder.new_schedule(spec, TARGET)
-    space_of(spec.operator, "cuda").schedule(schedule, spec, TARGET, None)
-    module = builder.device_module(spec, TARGET, schedule.mod)
-    with tvm.transform.PassContext(instruments=[builder.OwnBarriers()]):
-        program = compile_for_emulation(module, TARGET.to_tvm())
-    return program, builder.interface_of(spec, TARGET, schedule.mod)
-
-
 @pytest.fixture
 def gpu(monkeypatch):
     """Return what makes a kernel, with the stand-ins for arrays and for TVM's runtime."""
 
     def make(spec):
-        program, interface = program_of(spec)
+        program, interface = program_of(spec, TARGET)
         arrays, runtime = pretend_gpu.install(monkeypatch, program)
         return pretend_gpu.kernel_of(spec, TARGET, interface), arrays, runtime
 
@@ -232,11 +217,8 @@ def test_refusals(gpu):
 def test_arrays_and_gpus_of_another_kind(gpu, monkeypatch, tmp_path):
     from fake_cuda import pretend_gpus
 
-    from tvmdcn.arrays import arrays_of
-
-    _, interface = program_of(TENSOR_CORES)
+    _, interface = program_of(TENSOR_CORES, TARGET)
     kernel = pretend_gpu.kernel_of(TENSOR_CORES, TARGET, interface)
-    monkeypatch.setattr(cuda_kernel, "arrays_of", arrays_of)
     arguments, _ = arguments_of(TENSOR_CORES, Extents(1, 6, 7))
     with pytest.raises(SpecTypeError, match=r"input is on cpu, and this kernel was built for cuda-sm_90. Pass a torch"):
         call(kernel, arguments)

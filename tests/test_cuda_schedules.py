@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -11,10 +12,10 @@ import pytest
 pytest.importorskip("tvm")
 
 from tvmdcn.builder import build, compile_kernels
-from tvmdcn.errors import BuildError, SpecError
+from tvmdcn.errors import SpecError
 from tvmdcn.problems import PROBLEMS, TEST_PROBLEMS, Problem
 from tvmdcn.space import Decisions, space_of
-from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
+from tvmdcn.spec import DeformConv2dSpec, Extents
 from tvmdcn.target import resolve_target
 from tvmdcn.te.products import product_of
 
@@ -27,8 +28,11 @@ LAYER = DeformConv2dSpec(64, 64, padding=1, dtype="float16", layout="NHWC")
 SIZE = Extents(2, 9, 11)
 
 
-def layer(**changes):
-    return Problem("layer", replace(LAYER, **changes), SIZE, "made up")
+FEW = Extents(1, 7, 7)
+
+
+def layer(extents=SIZE, **changes):
+    return Problem("layer", replace(LAYER, **changes), extents, "made up")
 
 
 def decided(variant, **values):
@@ -37,23 +41,45 @@ def decided(variant, **values):
 
 CASES = {
     "tensor cores": (layer(), None),
-    "planes": (layer(layout="NCHW"), None),
-    "bfloat16": (layer(dtype="bfloat16", mask=False), None),
-    "tf32": (layer(dtype="float32", tf32=True, layout="NCHW", out_channels=96), None),
-    "no overlap": (layer(), decided("mma-block", overlap=0)),
+    "tf32": (layer(dtype="float32", tf32=True, out_channels=96), None),
     "eight warps": (
         layer(in_channels=128, out_channels=128),
         decided("mma-block", warps_down=4, warps_across=2, step_depth=4),
     ),
-    "large tiles of a warp": (layer(), decided("mma-block", warp_rows=4, warp_columns=2, warps_down=1, step_depth=1)),
-    "channels that fill no tile": (layer(in_channels=20, out_channels=33, layout="NCHW"), None),
-    "offset groups": (layer(offset_groups=4), None),
-    "groups": (layer(groups=2, offset_groups=4, in_channels=128), decided("mma-thread")),
-    "plan of a thread": (layer(offset_groups=8, layout="NCHW"), decided("mma-thread")),
-    "multiply-adds": (layer(in_channels=32, out_channels=48, dtype="float32"), None),
+    "large tiles of a warp": (
+        layer(dtype="bfloat16"),
+        decided("mma-block", warp_rows=4, warp_columns=2, warps_down=1, step_depth=1),
+    ),
+    "channels that fill no tile": (layer(in_channels=20, out_channels=33), None),
+    "offset groups": (layer(offset_groups=4), decided("mma-block", step_depth=1)),
+    # Few samples a thread: compiling them takes most of the time.
+    "groups": (
+        layer(groups=2, offset_groups=4, in_channels=128),
+        decided("mma-thread", step_depth=1, warp_columns=1, warps_across=2),
+    ),
+    "plan of a thread": (
+        layer(offset_groups=8, layout="NCHW"),
+        decided("mma-thread", step_depth=1, warp_columns=2, warps_across=2),
+    ),
+    "parts of sums, planes": (
+        layer(FEW, dtype="float32", tf32=True, layout="NCHW", in_channels=32, out_channels=33),
+        decided("mma-thread", splits=4, step_depth=1, warp_columns=1, warps_across=3),
+    ),
+    "parts that end within a tap": (
+        layer(FEW, dtype="bfloat16", out_channels=32, mask=False),
+        decided("mma-block", splits=2, overlap=0),
+    ),
+    "parts of multiply-adds": (
+        layer(FEW, in_channels=32, out_channels=48, dtype="float32"),
+        decided("simt-block", splits=3, thread_pixels=2),
+    ),
     "multiply-adds, planes": (
         layer(in_channels=20, out_channels=33, dtype="float64", layout="NCHW"),
         decided("simt-thread", overlap=0, thread_pixels=2),
+    ),
+    "corners from planes": (
+        layer(dtype="float32", layout="NCHW", in_channels=20, out_channels=33),
+        decided("simt-thread-planes", thread_pixels=2),
     ),
     "depthwise": (layer(groups=64), None),
     "depthwise, planes": (layer(groups=64, offset_groups=2, dtype="float32", layout="NCHW"), None),
@@ -126,19 +152,53 @@ def test_machine_code(name, turn):
     assert made.values
 
 
+@needs_emulator
+def test_memory_of_a_call(monkeypatch):
+    """The artifact says which a call brings; artifacts from before there was a choice are read as well."""
+    pytest.importorskip("torch")
+    import pretend_gpu
+    import torch
+    import tvm
+    from cuda_emulator.host import compile_for_emulation
+    from cuda_layers import HOPPER, device_schedule, error_of
+
+    from tvmdcn.artifact import KernelInterface
+    from tvmdcn.builder import OwnBarriers, interface_of
+    from tvmdcn.te import operator_of
+
+    spec = replace(LAYER, in_channels=32, out_channels=32, layout="NCHW")
+    module, _ = device_schedule(spec, decided("mma-block-planes", splits=3))
+    interface = interface_of(spec, HOPPER, module)
+    assert (interface.splits, interface.planes) == (3, True)
+    assert KernelInterface.from_json(json.loads(json.dumps(interface.to_json()))) == interface
+    whole = replace(interface, splits=1, planes=False)
+    assert not {"splits", "planes"} & set(whole.to_json())
+    assert KernelInterface.from_json(json.loads(json.dumps(whole.to_json()))) == whole
+
+    with tvm.transform.PassContext(instruments=[OwnBarriers()]):
+        program = compile_for_emulation(module, HOPPER.to_tvm())
+    pretend_gpu.install(monkeypatch, program)
+    kernel = pretend_gpu.kernel_of(spec, HOPPER, interface)
+    operator = operator_of(spec)
+    tensors = operator.tensors(spec, FEW)
+    given = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    results = [kernel(*(given[name] for name in ("input", "offset", "weight", "bias", "mask"))) for _ in range(2)]
+    assert error_of(results[0].numpy(), operator.expected(spec, tensors)["output"]) < 1e-3
+    assert torch.equal(*results)
+
+
 @needs_nvcc
 def test_artifact_of_another_machines_gpu(tmp_path):
-    artifact = build(replace(LAYER, in_channels=32, out_channels=32), "cuda-sm_80", "default", cache_dir=tmp_path)
+    spec = replace(LAYER, in_channels=32, out_channels=32)
+    artifact = build(spec, "cuda-sm_80", decided("mma-block", splits=9, step_depth=1), cache_dir=tmp_path)
     device = artifact.schedule["device"]
     assert device["compiler"].startswith(("nvcc", "NVRTC"))
-    assert set(device["kernels"]) == {"deform_conv2d_kernel", "pack_weight_kernel"}
+    assert set(device["kernels"]) == {"deform_conv2d_kernel", "deform_conv2d_kernel_1", "pack_weight_kernel"}
+    for kernel in device["kernels"].values():
+        assert kernel["spill_loads"] == kernel["spill_stores"] == kernel["stack_bytes"] == 0, kernel
     assert artifact.kernel.packed_dtype == "uint32"
     assert artifact.kernel.packed_shape == (1, 9, 2, 2, 32, 4)
-
-
-def test_gradients_have_no_form_for_gpus():
-    with pytest.raises(BuildError, match=r"deform_conv2d_grad has no form for GPUs yet.*target 'llvm'"):
-        build(DeformConv2dGradSpec.of(LAYER), "cuda-sm_90", "default")
+    assert artifact.kernel.splits == 9
 
 
 def test_tf32_is_for_float32():

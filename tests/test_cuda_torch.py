@@ -40,6 +40,8 @@ def test_shape_memory_and_device_follow_the_input(fake, memory_format):
     assert [gradient.shape for gradient in found] == [input.shape, *(tensor.shape for tensor in others), (4,), (0,)]
     assert all(gradient.device == torch.device("cuda:1") for gradient in found)
     assert found[0].is_contiguous(memory_format=memory_format)
+    with pytest.raises(SpecTypeError, match="grad_output is on device cuda:0, and input on cuda:1"):
+        torch.ops.tvmdcn.deform_conv2d_backward(fake(2, 4, 9, 10, device="cuda:0"), input, *others, padding=(1,) * 4)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
@@ -61,6 +63,16 @@ def test_kind_of_arrays(fake):
         arrays.check("mask", fake(1, 2, device="cpu"))
     with pytest.raises(SpecTypeError, match=r"mask is on device cuda:1, and others are on the CPU. Pass mask.cpu\(\)"):
         arrays_of(torch.empty(1, device="meta")).check("mask", fake(1, 2))
+
+
+def test_determinism_is_what_torchs_operators_are_asked_for():
+    arrays = TorchCudaArrays(torch)
+    assert not arrays.wants_determinism()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert arrays.wants_determinism()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_tf32_is_what_torchs_convolutions_are_allowed(fake, monkeypatch):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tvmdcn.bench.providers_cuda import GPU_PROVIDERS
-from tvmdcn.problems import load_problem_file
+from tvmdcn.problems import OPERATORS, load_problem_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,6 +83,8 @@ def test_parts_name_what_there_is(script, tmp_path):
         for option, value in itertools.pairwise(words):
             if option == "--provider":
                 assert value in GPU_PROVIDERS
+            if option == "--operator":
+                assert value in OPERATORS
             if option in ("--file", "--problem-file"):
                 problems = load_problem_file(value)
                 assert {problem.spec.layout for problem in problems} == {"NHWC"}

@@ -129,14 +129,17 @@ def test_flops_and_bytes():
 def test_slugs_tell_specs_apart():
     assert grad().slug == LAYER.slug + "_giowb"
     assert grad(grad_input=False, border="mmcv").slug == LAYER.slug + "_gowb.mmcv"
-    specs = [grad(**flags, border=border) for flags in ASKED for border in ("torchvision", "mmcv")]
+    assert grad(deterministic=True).slug == LAYER.slug + "_giowb.det"
+    options = [(border, fixed) for border in ("torchvision", "mmcv") for fixed in (False, True)]
+    specs = [grad(**flags, border=border, deterministic=fixed) for flags in ASKED for border, fixed in options]
     assert len({spec.slug for spec in specs} | {LAYER.slug}) == len(specs) + 1
     assert all(re.fullmatch(r"[a-z0-9._-]+", spec.slug) for spec in specs)
 
 
 @given(case=cases(dtypes=("float16", "bfloat16", "float32", "float64"), layouts=("NCHW", "NHWC")))
 def test_specs_survive_json(case):
-    for spec in (case.spec, grad(case.spec), grad(case.spec, grad_offset=False, border="mmcv")):
+    some = grad(case.spec, grad_offset=False, border="mmcv")
+    for spec in (case.spec, grad(case.spec), some, dataclasses.replace(some, deterministic=True)):
         data = json.loads(json.dumps(spec.to_json()))
         assert spec_from_json(data) == spec
         assert type(spec_from_json(data)) is type(spec)
@@ -156,11 +159,19 @@ def test_specs_survive_json(case):
         (SpecError, "unknown border, grad_bias", {**grad().to_json(), "operator": "deform_conv2d"}),
         (SpecTypeError, "grad_bias must be True or False", {**grad().to_json(), "grad_bias": 1}),
         (SpecError, "border must be one of", {**grad().to_json(), "border": ["mmcv"]}),
+        (SpecTypeError, "deterministic must be True or False", {**grad().to_json(), "deterministic": 1}),
+        (SpecError, "deterministic must be left out in JSON", {**grad().to_json(), "deterministic": False}),
     ],
 )
 def test_json_is_read_strictly(exception, match, data):
     with pytest.raises(exception, match=match):
         spec_from_json(data)
+
+
+def test_json_of_before_there_was_determinism():
+    assert "deterministic" not in grad().to_json()
+    assert grad(deterministic=True).to_json() == {**grad().to_json(), "deterministic": True}
+    assert grad(deterministic=True).layer == LAYER
 
 
 def test_one_operators_json_is_not_the_others():

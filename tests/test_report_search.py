@@ -104,6 +104,7 @@ def test_variants_are_taken_apart() -> None:
     assert variant_parts("split-4-tap") == {"reduction": "split", "vectors": "4", "plan per": "tap"}
     assert variant_parts("own-2") == {"order": "own", "vectors": "2"}
     assert variant_parts("depthwise") == {"variant": "depthwise"}
+    assert variant_parts("mma-block-planes") == {"product": "mma", "plan per": "block", "corners from": "planes"}
     assert variant_parts("full-x") == {"variant": "full-x"}
     assert variant_parts("unheard-of") == {"variant": "unheard-of"}
     trial = Trial(0, 1.0, decisions={"variant": "full-2-unit", "unroll": "4"})

@@ -33,6 +33,9 @@ class Arrays(Protocol):
     def gpu(self, array: Any) -> tuple[int, bool] | None:
         """Return what kernels of a GPU depend on: its number, and whether they may round to tf32. None: the host."""
 
+    def wants_determinism(self) -> bool:
+        """Return whether results that would depend on the order of threads have to be computed in another way."""
+
     def key(self, *arrays: Any) -> tuple[Hashable, ...]:
         """Return what a prepared call depends on; one of `arrays` may be None. Fast, and without checks."""
 
@@ -73,6 +76,11 @@ class NumpyArrays:
     def gpu(array: Any) -> tuple[int, bool] | None:
         """Return None: the memory is the host's."""
         return None
+
+    @staticmethod
+    def wants_determinism() -> bool:
+        """Return False: no result on the host depends on the order of threads."""
+        return False
 
     @staticmethod
     def key(*arrays: Any) -> tuple[Hashable, ...]:
@@ -153,6 +161,10 @@ class TorchArrays:
     def gpu(self, array: Any) -> tuple[int, bool] | None:
         """Return None: the memory is the host's."""
         return None
+
+    def wants_determinism(self) -> bool:
+        """Return False: no result on the host depends on the order of threads."""
+        return False
 
     @staticmethod
     def key(*arrays: Any) -> tuple[Hashable, ...]:

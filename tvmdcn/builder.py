@@ -19,7 +19,7 @@ from tvmdcn.cache_key import CacheKey
 from tvmdcn.errors import BuildError, SpecError, SpecTypeError
 from tvmdcn.launcher import write_launcher
 from tvmdcn.linking import linker_for
-from tvmdcn.space import SPLITS, TILE_UNITS, UNIT_BYTES, Decisions, space_of
+from tvmdcn.space import PLANES, SPLITS, TILE_UNITS, UNIT_BYTES, Decisions, space_of
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.target import TargetInfo, resolve_target
 from tvmdcn.te import DeviceForm, Operator, operator_of
@@ -68,7 +68,7 @@ def new_schedule(spec: DeformConv2dSpec, target: TargetInfo) -> Any:
 def _device_form(spec: DeformConv2dSpec) -> DeviceForm:
     form = operator_of(spec).device
     if form is None:
-        raise BuildError(f"{spec.operator} has no form for GPUs yet. Build it for a processor (target 'llvm').")
+        raise BuildError(f"{spec.operator} has no form for GPUs. Build it for a processor (target 'llvm').")
     return form
 
 
@@ -82,7 +82,7 @@ def naive_schedule(spec: DeformConv2dSpec, target: TargetInfo) -> Any:
 def _annotations(operator: Operator, module: Any) -> dict[str, int]:
     """Return what a schedule has noted about itself on its blocks."""
     found: dict[str, int] = {}
-    noted = (TILE_UNITS, UNIT_BYTES, SPLITS)
+    noted = (TILE_UNITS, UNIT_BYTES, SPLITS, PLANES)
 
     def visit(stmt: Any) -> None:
         if isinstance(stmt, tirx.SeqStmt):
@@ -115,6 +115,7 @@ def interface_of(spec: DeformConv2dSpec, target: TargetInfo, module: Any) -> Ker
             pack=PACK,
             alignment=PACKED_ALIGNMENT,
             splits=noted.get(SPLITS, 1),
+            planes=bool(noted.get(PLANES, 0)),
         )
     noted = _annotations(operator, module)
     most = _TASK_BYTES // noted.get(UNIT_BYTES, 1)

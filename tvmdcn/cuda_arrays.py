@@ -38,6 +38,10 @@ class TorchCudaArrays(TorchArrays):
         """Return the GPU's number, and whether kernels may round float32 to tf32 as torch's own convolutions may."""
         return int(array.get_device()), array.dtype is self._float32 and self.allows_tf32()
 
+    def wants_determinism(self) -> bool:
+        """Return whether torch's own operators have to be deterministic."""
+        return bool(self._torch.are_deterministic_algorithms_enabled())
+
     @staticmethod
     def key(*arrays: Any) -> tuple[Hashable, ...]:
         """Return types (of fake tensors), shapes, strides, dtypes, devices, and whether memory means the tensor."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,12 +15,12 @@ from tvmdcn.compiled import IMAGES, CompiledKernel
 from tvmdcn.errors import SpecError, SpecTypeError
 from tvmdcn.prepared import PreparedCall
 from tvmdcn.shapes import OUTPUT_AXES
-from tvmdcn.spec import DeformConv2dGradSpec
+from tvmdcn.spec import DeformConv2dGradSpec, Extents
 from tvmdcn.tensors import Gradients, numpy_dtype
 from tvmdcn.validation import check_dtype, check_shape
 from tvmdcn.weights import PackedWeight
 
-__all__ = ["GradKernel", "refuse_second_derivatives"]
+__all__ = ["GradKernel", "GradientArguments", "refuse_second_derivatives"]
 
 _ARGUMENTS = ("grad_output", "input", "offset", "weight", "mask")
 
@@ -33,7 +33,74 @@ def refuse_second_derivatives() -> NoReturn:
     )
 
 
-class GradKernel(CompiledKernel):
+class GradientArguments(CompiledKernel):
+    """What kernels of a layer's gradients share, whatever they run on: how they are called, and the checks of that."""
+
+    operator = DeformConv2dGradSpec.operator
+    public_name = "deform_conv2d_backward"
+    spec: DeformConv2dGradSpec
+
+    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+        super().__init__(artifact, threads)
+        spec = self.spec
+        self._layer = spec.layer
+        # Where the compiled function's inputs are among the arguments, and where a result is among its outputs.
+        self._reads = [_ARGUMENTS.index(name) for name in spec.inputs]
+        names = [f"grad_{name}" for name in Gradients._fields]
+        self._gives = [spec.outputs.index(name) if name in spec.outputs else None for name in names]
+        self._reads_weight = "weight" in spec.inputs
+
+    def _checked_gradients(
+        self, arrays: NumpyArrays | TorchArrays, grad_output: Any, named: dict[str, Any]
+    ) -> tuple[dict[str, Any], Extents]:
+        """Check the arguments of a call; return those that are there, and the extents."""
+        spec = self.spec
+        named, extents = self._checked(arrays, self._layer, named)
+        arrays.check("grad_output", grad_output)
+        check_dtype({"input": spec.dtype, "grad_output": arrays.dtype(grad_output)})
+        expected = (extents.batch, spec.out_channels, *spec.output_size(extents.height, extents.width))
+        found = check_shape("grad_output", arrays.channels_first_shape(grad_output, spec.layout), OUTPUT_AXES)
+        if found != expected:
+            raise SpecError(f"grad_output must be of the output's shape {expected}, got {found}.")
+        return {"grad_output": grad_output, **named}, extents
+
+    def _fill_in(self, arrays: NumpyArrays | TorchArrays, call: PreparedCall, named: Mapping[str, Any]) -> None:
+        """Note in a prepared call what its arguments are: whether they are copied, and what its results are like."""
+        images = {name: array for name, array in named.items() if name in ("grad_output", *IMAGES)}
+        call.copies = self._needs_copies(arrays, images)
+        call.out_shapes = [self._result(arrays, name, named) for name in self.spec.outputs]
+
+    def _result(
+        self, arrays: NumpyArrays | TorchArrays, name: str, named: Mapping[str, Any]
+    ) -> tuple[tuple[int, ...], str]:
+        """Return the shape, N, C, H, W, and the layout of one of the outputs."""
+        name = name.removeprefix("grad_")
+        if name in IMAGES:
+            return tuple(arrays.channels_first_shape(named[name], self.spec.layout)), self.spec.layout
+        return (self.spec.weight_shape if name == "weight" else (self.spec.out_channels,)), "NCHW"
+
+    def _check_weight(self, arrays: NumpyArrays | TorchArrays, weight: Any) -> None:
+        """Check a weight that is not read."""
+        if type(weight) is PackedWeight or getattr(weight, "shape", None) == self.spec.weight_shape:
+            return
+        arrays.check("weight", weight)
+        raise SpecError(
+            f"weight must have the shape {self.spec.weight_shape} (Cout, Cin/groups, kh, kw) for "
+            f"{self!r}, got {tuple(weight.shape)}."
+        )
+
+    def _refuse_second_derivatives(self, arrays: TorchArrays, given: Sequence[Any], weight: Any) -> None:
+        """Raise SpecTypeError if autograd would have to record the call."""
+        read = weight if self._reads_weight and type(weight) is not PackedWeight else None
+        if arrays.needs_gradients(*given, read):
+            refuse_second_derivatives()
+
+    def _named_results(self, results: Sequence[Any]) -> Gradients:
+        """Return the compiled function's outputs as what they are the gradients of."""
+        return Gradients(*[None if place is None else results[place] for place in self._gives])
+
+
+class GradKernel(GradientArguments):
     """The compiled gradients of a layer, callable on NumPy arrays and on torch CPU tensors, from several threads.
 
     Results are the same to the last bit whatever the number of threads.
@@ -51,21 +118,8 @@ class GradKernel(CompiledKernel):
         If the artifact is refused, is another operator's, or cannot be loaded.
     """
 
-    operator = DeformConv2dGradSpec.operator
-    public_name = "deform_conv2d_backward"
     # A tile's part of the weight's gradient is read, added to and written once more.
     tile_cost = 0.15
-    spec: DeformConv2dGradSpec
-
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
-        super().__init__(artifact, threads)
-        spec = self.spec
-        self._layer = spec.layer
-        # Where the compiled function's inputs are among the arguments, and where a result is among its outputs.
-        self._reads = [_ARGUMENTS.index(name) for name in spec.inputs]
-        names = [f"grad_{name}" for name in Gradients._fields]
-        self._gives = [spec.outputs.index(name) if name in spec.outputs else None for name in names]
-        self._reads_weight = "weight" in spec.inputs
 
     def __call__(self, grad_output: Any, input: Any, offset: Any, weight: Any, mask: Any = None) -> Gradients:
         """Compute the gradients.
@@ -119,14 +173,8 @@ class GradKernel(CompiledKernel):
             packed = self._packed(arrays, weight)
         elif packed.kernel != self._name:
             self._refuse_packed(packed)
-        if isinstance(arrays, TorchArrays) and arrays.needs_gradients(
-            grad_output,
-            input,
-            offset,
-            weight if self._reads_weight and type(weight) is not PackedWeight else None,
-            mask,
-        ):
-            refuse_second_derivatives()
+        if isinstance(arrays, TorchArrays):
+            self._refuse_second_derivatives(arrays, (grad_output, input, offset, mask), weight)
         given = [grad_output, input, offset, None, mask]
         if call.copies:
             given = [None if array is None else arrays.dense(array, self.spec.layout) for array in given]
@@ -137,7 +185,7 @@ class GradKernel(CompiledKernel):
         else:
             for result in results:
                 result[...] = 0  # of no images; only the gradients of weight and bias have elements
-        return Gradients(*[None if place is None else results[place] for place in self._gives])
+        return self._named_results(results)
 
     def _run(
         self,
@@ -196,42 +244,13 @@ class GradKernel(CompiledKernel):
         count: int,
     ) -> PreparedCall:
         """Check a call's arguments, and lay out what stays the same for all calls like it."""
-        spec = self.spec
         arguments = {"input": input, "offset": offset, "weight": weight, "mask": mask}
-        named, extents = self._checked(arrays, self._layer, arguments)
-        arrays.check("grad_output", grad_output)
-        check_dtype({"input": spec.dtype, "grad_output": arrays.dtype(grad_output)})
-        size = spec.output_size(extents.height, extents.width)
-        expected = (extents.batch, spec.out_channels, *size)
-        found = check_shape("grad_output", arrays.channels_first_shape(grad_output, spec.layout), OUTPUT_AXES)
-        if found != expected:
-            raise SpecError(f"grad_output must be of the output's shape {expected}, got {found}.")
+        named, extents = self._checked_gradients(arrays, grad_output, arguments)
         # Divided as for one thread: sums over pixels must not depend on how many there are.
         call = self._lay_out(extents, count, parts=1)
-        images = {name: array for name, array in named.items() if name in IMAGES}
-        call.copies = self._needs_copies(arrays, {"grad_output": grad_output, **images})
-        call.out_shapes = [self._result(arrays, name, named) for name in spec.outputs]
+        self._fill_in(arrays, call, named)
         call.item_mask = input.itemsize - 1
         return call
-
-    def _result(
-        self, arrays: NumpyArrays | TorchArrays, name: str, named: Mapping[str, Any]
-    ) -> tuple[tuple[int, ...], str]:
-        """Return the shape, N, C, H, W, and the layout of one of the outputs."""
-        name = name.removeprefix("grad_")
-        if name in IMAGES:
-            return tuple(arrays.channels_first_shape(named[name], self.spec.layout)), self.spec.layout
-        return (self.spec.weight_shape if name == "weight" else (self.spec.out_channels,)), "NCHW"
-
-    def _check_weight(self, arrays: NumpyArrays | TorchArrays, weight: Any) -> None:
-        """Check a weight that is not read."""
-        if type(weight) is PackedWeight or getattr(weight, "shape", None) == self.spec.weight_shape:
-            return
-        arrays.check("weight", weight)
-        raise SpecError(
-            f"weight must have the shape {self.spec.weight_shape} (Cout, Cin/groups, kh, kw) for "
-            f"{self!r}, got {tuple(weight.shape)}."
-        )
 
     @property
     def _image_channels(self) -> int:

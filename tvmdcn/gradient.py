@@ -37,8 +37,9 @@ def deform_conv2d_backward(
 ) -> Gradients:
     """Compute the gradients of :func:`tvmdcn.deform_conv2d`.
 
-    A sample with an offset that is NaN, infinite or leads outside the image gets and gives no gradient. The
-    result is the same to the last bit whatever the number of threads.
+    A sample with an offset that is NaN, infinite or leads outside the image gets and gives no gradient. On a CPU the
+    result is the same to the last bit whatever the number of threads. On a GPU the input's gradient is the same at
+    every call only under ``torch.use_deterministic_algorithms(True)``; all others always are.
 
     Parameters
     ----------
@@ -82,8 +83,8 @@ def deform_conv2d_backward(
         if isinstance(arrays, TorchArrays) and not input.is_contiguous() and arrays.is_dense(input, "NHWC"):
             layout = "NHWC"
         taps_and_channels = (weight.shape, offset.shape[1], input.shape[1])
-        gpu = arrays.gpu(input)
-        key = (taps_and_channels, mask is None, input.dtype, stride, padding, dilation, layout, needs, border, gpu)
+        device = arrays.gpu(input), bool(needs[0]) and arrays.wants_determinism()
+        key = (taps_and_channels, mask is None, input.dtype, stride, padding, dilation, layout, needs, border, device)
         kernel = _kernels.get(key)
     except (AttributeError, IndexError, TypeError):  # not an array, or too few axes: the check says which
         pass
@@ -152,6 +153,10 @@ def _find(
     }
     if not any(flags.values()):
         return None
-    # Where nobody asks for the offset's gradient one kernel serves both.
-    spec = DeformConv2dGradSpec.of(layer, **flags, border=border if of_offset else BORDERS[0])
+    spec = DeformConv2dGradSpec.of(
+        layer,
+        **flags,
+        border=border if of_offset else BORDERS[0],  # where nobody asks for the offset's, one kernel serves both
+        deterministic=flags["grad_input"] and arrays.wants_determinism(),
+    )
     return load_for(spec, arrays.gpu(input))

@@ -16,6 +16,7 @@ from tvmdcn import cache, env, native
 from tvmdcn.artifact import Artifact, DamagedArtifact, find, nearest
 from tvmdcn.cache_key import CacheKey
 from tvmdcn.compiled import CompiledKernel
+from tvmdcn.cuda_grad_kernel import CudaGradKernel
 from tvmdcn.cuda_kernel import CudaKernel
 from tvmdcn.errors import ArtifactError, ArtifactMissing, BuildError, MissingExtra, SpecError, SpecTypeError
 from tvmdcn.grad_kernel import GradKernel
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 KERNELS: dict[str, type[CompiledKernel]] = {kernel.operator: kernel for kernel in (Kernel, GradKernel)}
 """How the compiled functions of an operator are called."""
-_CUDA_KERNELS: dict[str, type[CompiledKernel]] = {kernel.operator: kernel for kernel in (CudaKernel,)}
+_CUDA_KERNELS: dict[str, type[CompiledKernel]] = {kernel.operator: kernel for kernel in (CudaKernel, CudaGradKernel)}
 
 _loaded: dict[Hashable, CompiledKernel] = {}
 _locks: dict[Hashable, threading.RLock] = {}

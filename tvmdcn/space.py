@@ -35,6 +35,8 @@ TILE_UNITS = "tvmdcn.tile_units"
 """Annotation of the first block: the largest tile that a call should use."""
 UNIT_BYTES = "tvmdcn.unit_bytes"
 """Annotation of the first block: memory that a task takes per unit of its tile."""
+PLANES = "tvmdcn.planes"
+"""Annotation of the first block: 1 if the input is read as planes, without a channels-last copy."""
 SPLITS = "tvmdcn.splits"
 """Annotation of the first block: into how many parts sums are divided, which a call has memory for."""
 

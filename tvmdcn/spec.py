@@ -317,6 +317,9 @@ class DeformConv2dGradSpec(DeformConv2dSpec):
         "torchvision": the derivative by an offset is that of the four corners ``floor`` and ``floor + 1``
         wherever a sample is at -1 or more and below the extent, so one-sided at exactly -1. "mmcv": 0 at
         exactly -1.
+    deterministic : bool
+        Whether the input's gradient has to be the same to the last bit at every call on a GPU too, where it otherwise
+        depends on the order in which threads add to it. On a CPU, and of the other gradients, it always is.
 
     Raises
     ------
@@ -331,6 +334,7 @@ class DeformConv2dGradSpec(DeformConv2dSpec):
     grad_weight: bool = True
     grad_bias: bool = True
     border: str = "torchvision"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -340,6 +344,7 @@ class DeformConv2dGradSpec(DeformConv2dSpec):
             raise SpecError(f"no gradient is asked for: set one of {', '.join(_GRADIENTS)}.")
         if self.border not in BORDERS:
             raise SpecError(f"border must be one of {', '.join(BORDERS)}, got border={shown(self.border)}.")
+        object.__setattr__(self, "deterministic", check_flag("deterministic", self.deterministic))
 
     @classmethod
     def of(cls, layer: DeformConv2dSpec, **flags: Any) -> Self:
@@ -353,9 +358,10 @@ class DeformConv2dGradSpec(DeformConv2dSpec):
 
     @property
     def slug(self) -> str:
-        """The layer's, the letters of the gradients asked for (i, o, w, b), and the border if it is mmcv's."""
+        """The layer's, the letters of the gradients asked for (i, o, w, b), and what is not as by default."""
         letters = "".join(name.removeprefix("grad_")[0] for name in _GRADIENTS if getattr(self, name))
-        return f"{super().slug}_g{letters}" + ("" if self.border == BORDERS[0] else f".{self.border}")
+        border = "" if self.border == BORDERS[0] else f".{self.border}"
+        return f"{super().slug}_g{letters}{border}" + (".det" if self.deterministic else "")
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["parse", "plain_fields"]
 
 # Fields that were added later, and are written only where they are not False: keys and records of before stay valid.
-_LATER = ("tf32",)
+_LATER = ("tf32", "deterministic")
 
 
 def plain_fields(spec: DeformConv2dSpec) -> dict[str, Any]:

@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deformable convolution on NVIDIA GPUs: an implicit product of matrices whose left operand is sampled.
 
-    block of threads: a tile of output pixels x output channels
+    block of threads: a tile of output pixels x output channels, of all the reduction or of a part of it
         plan:    where each (offset group, tap, pixel) samples: four corners, four shares
         per step of channels of a tap, overlapped with the step before:
             weights:  16-byte asynchronous copies to shared memory, in the order in which they are multiplied
             corner:   four 16-byte loads a thread and vector of channels, into registers
             product:  operands from shared memory, sums in registers
             columns:  corners times shares, to shared memory
-        output:  bias and layout
+        output:  bias and layout, straight from registers: with results staged in shared memory a block took half as
+            much again (float16, 128 outputs: 68 KB for 45), and a quarter to a half fewer of them ran at a time
+    where the reduction is in parts (`splits`), blocks store these, and a second kernel adds them up
 
-Structural variants, named ``<product>-<plan>``:
+Structural variants, named ``<product>-<plan>[-planes]``:
 
 * product ``mma``: on tensor cores (float16, bfloat16; float32 rounded to tf32). ``simt``: multiply-adds of float32 and
   float64. ``gather``: groups of few channels, depthwise among them; a thread samples what it multiplies, and nothing
   goes through shared memory but the plan.
 * plan ``block``: for all taps of a block's pixels, in shared memory, where all channels of an offset group share it.
   ``thread``: each thread plans its own samples, for many offset groups.
+* ``planes``: NCHW without a channels-last copy of the input before (see `planes`).
+
+The choice `splits` is for few pixels: 7 x 7 are one tile, whose 9 x 512 products are added up by no more blocks than
+there are blocks of outputs, on a GPU of over a hundred multiprocessors. The default is 1: a kernel is for all sizes,
+and no specification says how many pixels there will be; tuning on a layer's representative size finds what it gains.
+Grouped layers (``gather``) have short sums and no such choice.
 """
 
 from __future__ import annotations
@@ -24,10 +32,13 @@ from __future__ import annotations
 from math import gcd
 from typing import Any
 
-from tvmdcn.schedules.cuda.threads import BARRIER, GRID, LANES, PIPELINE, Team, finish
-from tvmdcn.space import VARIANT, Choices, design_space
+from tvmdcn.schedules.cuda import threads
+from tvmdcn.schedules.cuda.planes import from_planes
+from tvmdcn.schedules.cuda.splits import TAP_STEPS, divided
+from tvmdcn.schedules.cuda.threads import BARRIER, GRID, LANES, PIPELINE, Team
+from tvmdcn.space import PLANES, SPLITS, VARIANT, Choices, design_space
 from tvmdcn.spec import DeformConv2dSpec
-from tvmdcn.te.implicit_gemm import PIXELS
+from tvmdcn.te.device_sampling import PIXELS
 from tvmdcn.te.products import padded, product_of
 from tvmdcn.te.sampling import plan_blocks
 from tvmdcn.te.tiles import ITEM_BYTES
@@ -39,6 +50,7 @@ TILE = 16
 """Rows and columns of a tile of tensor cores."""
 _MOST_THREADS = 1024
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8)
+_SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 18)
 
 
 def variants(spec: DeformConv2dSpec, target: Any) -> list[str]:
@@ -46,11 +58,19 @@ def variants(spec: DeformConv2dSpec, target: Any) -> list[str]:
     kind = product_of(spec).kind
     # The plan of a block takes 32 bytes a sample; and with few channels in an offset group, few threads share it.
     plans = ["block", "thread"] if spec.offset_groups * spec.taps <= 32 else ["thread", "block"]
-    return [f"{kind}-{plan}" for plan in plans]
+    names = [f"{kind}-{plan}" for plan in plans]
+    if spec.layout == "NCHW" and kind != "gather":
+        names += [f"{name}-planes" for name in names]
+    return names
 
 
 def naive(sch: Any, spec: DeformConv2dSpec) -> None:
     """Leave everything as the algorithm is written."""
+
+
+def finish(func: Any) -> Any:
+    """Return a scheduled kernel as it is compiled: with its barriers and pipelines, and sums that are divided."""
+    return threads.finish(divided(from_planes(func)))
 
 
 @design_space(FUNCTION, "cuda", variants=variants, naive=naive, finish=finish)
@@ -62,8 +82,13 @@ def deform_conv2d(sch: Any, spec: DeformConv2dSpec, target: Any, variant: str, c
     if spec.layout == "NCHW":
         for loop, axis in zip(sch.get_loops(sch.get_sblock("channels_last")), "zxy", strict=True):
             sch.bind(loop, f"blockIdx.{axis}")
-    kind, plan = variant.split("-")
-    {"mma": _tensor_cores, "simt": _multiply_adds, "gather": _gather}[kind](sch, spec, plan, choices)
+    kind, plan, *planes = variant.split("-")
+    if planes:
+        sch.annotate(sch.get_sblock("pixel_n"), PLANES, 1)
+    if kind == "gather":
+        _gather(sch, spec, plan, choices)
+    else:
+        {"mma": _tensor_cores, "simt": _multiply_adds}[kind](sch, spec, plan, bool(planes), choices)
 
 
 def _pick(choices: Choices, name: str, candidates: list[int], wish: int) -> int:
@@ -82,7 +107,7 @@ def _vector(spec: DeformConv2dSpec) -> int:
     return gcd(run, VECTOR_BYTES // ITEM_BYTES[spec.dtype])
 
 
-def _tensor_cores(sch: Any, spec: DeformConv2dSpec, plan: str, choices: Choices) -> None:
+def _tensor_cores(sch: Any, spec: DeformConv2dSpec, plan: str, planes: bool, choices: Choices) -> None:
     """Schedule the product on tensor cores: a warp makes tiles of 16 x 16, which it keeps in 8 registers each."""
     block, product = sch.get_sblock, sch.get_sblock("product")
     made = product_of(spec)
@@ -93,7 +118,8 @@ def _tensor_cores(sch: Any, spec: DeformConv2dSpec, plan: str, choices: Choices)
     width = _pick(choices, "warp_columns", _divisors(outputs, _COUNTS), 4)
     down = _pick(choices, "warps_down", [1, 2, 4], 2)
     across = _pick(choices, "warps_across", _divisors(outputs // width, _COUNTS), 4)
-    depth = _pick(choices, "step_depth", _divisors(steps, (1, 2, 3, 4, 6, 8)), 2)
+    # Of planes, a thread holds more numbers a step, each in a register of its own.
+    depth = _pick(choices, "step_depth", _divisors(steps, (1, 2, 3, 4, 6, 8)), 1 if planes else 2)
     overlap = _pick(choices, "overlap", [0, 1], 1)
     team = Team(sch, down * across)
 
@@ -102,7 +128,8 @@ def _tensor_cores(sch: Any, spec: DeformConv2dSpec, plan: str, choices: Choices)
     blocks, warp_o, o = sch.split(o, [None, across, width])
     s, inner = sch.split(s, [None, depth])
     sch.reorder(tiles, g, blocks, warp_r, warp_o, lane, k, s, inner, r, o)
-    step = _grid(sch, (tiles, g, blocks, warp_r, warp_o), lane, k, s, rows * down * TILE, overlap)
+    steps = _grid(sch, (tiles, g, blocks, warp_r, warp_o), lane, k, s, rows * down * TILE, overlap)
+    first, step, outer = _split(sch, steps, plan, spec.taps, choices)
 
     # Operands of a warp's tiles, and its sums, are registers.
     for stage in (product, block("left")):
@@ -111,35 +138,19 @@ def _tensor_cores(sch: Any, spec: DeformConv2dSpec, plan: str, choices: Choices)
     right = sch.cache_read(product, 2, "local")
     sch.compute_at(right, inner)
     sch.vectorize(sch.get_loops(right)[-1])
-    for loop in (*sch.get_loops(block("left"))[5:], *sch.get_loops(right)[5:-1], inner, r, o):
+    for loop in (*sch.get_loops(block("left"))[outer:], *sch.get_loops(right)[outer:-1], inner, r, o):
         sch.unroll(loop)
-    samples = _operands(sch, spec, team, step, depth * made.depth, overlap)
+    samples = _operands(sch, spec, team, step, outer, depth * made.depth, planes, overlap)
 
-    # A warp brings its own results into rows.
-    result, output = block("result"), block("output")
-    sch.reverse_compute_at(result, lane)
-    sch.set_scope(result, 0, "shared.dyn")
-    for loop in sch.get_loops(result)[4:]:
-        sch.unroll(loop)
-    sch.annotate(result, BARRIER, "block")
+    output = block("output")
     sch.reverse_compute_at(output, lane)
-    sch.annotate(output, BARRIER, "warp")
-    p, o = sch.get_loops(output)[-2:]
-    if spec.layout == "NCHW":
-        sch.reorder(o, p)
-        rounds, lanes = sch.split(sch.fuse(o, p), [None, LANES])
-    else:
-        vector = gcd(VECTOR_BYTES // ITEM_BYTES[spec.dtype], gcd(width * TILE, spec.out_channels // spec.groups))
-        o, vector_ = sch.split(o, [None, vector])
-        rounds, lanes = sch.split(sch.fuse(p, o), [None, LANES])
-        sch.vectorize(vector_)
-    sch.bind(lanes, "threadIdx.x")
-    sch.unroll(rounds)
+    for loop in sch.get_loops(output)[4:]:
+        sch.unroll(loop)
     _plan(sch, plan, team, lane, samples)
-    _start(sch, product, step)
+    _start(sch, product, first)
 
 
-def _multiply_adds(sch: Any, spec: DeformConv2dSpec, plan: str, choices: Choices) -> None:
+def _multiply_adds(sch: Any, spec: DeformConv2dSpec, plan: str, planes: bool, choices: Choices) -> None:
     """Schedule the product without tensor cores: a thread makes a tile of pixels x vectors of output channels."""
     block, product = sch.get_sblock, sch.get_sblock("product")
     made, vector = product_of(spec), VECTOR_BYTES // ITEM_BYTES[spec.dtype]
@@ -164,18 +175,19 @@ def _multiply_adds(sch: Any, spec: DeformConv2dSpec, plan: str, choices: Choices
     c, quad, inner = sch.split(c, [None, depth // made.depth, made.depth])
     sch.reorder(tiles, g, blocks, warp_p, warp_o, lane_p, lane_o, k, c, quad, inner, p, o)
     lane = sch.fuse(lane_p, lane_o)
-    step = _grid(sch, (tiles, g, blocks, warp_p, warp_o), lane, k, c, down * LANES // beside * rows, overlap)
+    steps = _grid(sch, (tiles, g, blocks, warp_p, warp_o), lane, k, c, down * LANES // beside * rows, overlap)
+    first, step, outer = _split(sch, steps, plan, spec.taps, choices)
     sch.set_scope(product, 0, "local")
     near = [sch.cache_read(product, 1, "local"), sch.cache_read(product, 2, "local")]
     sch.compute_at(near[0], quad)
     sch.compute_at(near[1], inner)
     for stage in near:
         sch.vectorize(sch.get_loops(stage)[-1])
-        for loop in sch.get_loops(stage)[5:-1]:
+        for loop in sch.get_loops(stage)[outer:-1]:
             sch.unroll(loop)
     for loop in (inner, p, o):
         sch.unroll(loop)
-    samples = _operands(sch, spec, team, step, depth, overlap)
+    samples = _operands(sch, spec, team, step, outer, depth, planes, overlap)
 
     output = block("output")
     sch.reverse_compute_at(output, lane)
@@ -186,7 +198,7 @@ def _multiply_adds(sch: Any, spec: DeformConv2dSpec, plan: str, choices: Choices
     for loop in (p, o):
         sch.unroll(loop)
     _plan(sch, plan, team, lane, samples)
-    _start(sch, product, step)
+    _start(sch, product, first)
 
 
 def _grid(sch: Any, loops: tuple[Any, ...], lane: Any, k: Any, s: Any, pixels: int, overlap: int) -> Any:
@@ -200,33 +212,66 @@ def _grid(sch: Any, loops: tuple[Any, ...], lane: Any, k: Any, s: Any, pixels: i
     return step
 
 
-def _operands(sch: Any, spec: DeformConv2dSpec, team: Team, step: Any, channels: int, overlap: int) -> list[Any]:
+def _split(sch: Any, step: Any, plan: str, taps: int, choices: Choices) -> tuple[Any, Any, int]:
+    """Divide the steps of the reduction into parts, for different blocks.
+
+    Returns the loop before which sums begin, the loop over steps, and how many loops there are down to that one.
+    """
+    steps = int(sch.get(step).extent)
+    overlap = int(sch.get(step).annotations[PIPELINE])
+    # Two steps a part, at least: one alone overlaps with nothing.
+    splits = _pick(choices, "splits", [n for n in _SPLITS if steps % n == 0 and (n == 1 or steps >= 2 * n)], 1)
+    if splits == 1:
+        return step, step, 5
+    sch.unannotate(step, PIPELINE)
+    part, step = sch.split(step, [splits, None])
+    sch.annotate(step, PIPELINE, overlap)
+    sch.annotate(part, SPLITS, splits)
+    sch.annotate(sch.get_sblock("pixel_n"), SPLITS, splits)
+    if plan == "block":
+        sch.annotate(part, TAP_STEPS, steps // taps)
+    return part, step, 6
+
+
+def _operands(
+    sch: Any, spec: DeformConv2dSpec, team: Team, step: Any, outer: int, channels: int, planes: bool, overlap: int
+) -> list[Any]:
     """Schedule a step's part of both operands: ``weights``, ``corner`` and ``columns``.
 
-    Returns the loops of ``corner`` and ``columns`` inside which is all of a sample.
+    `outer`: how many loops there are down to `step`. Returns the loops of ``corner`` and ``columns`` inside which is
+    all of a sample.
     """
     block, vector = sch.get_sblock, _vector(spec)
     corner, column, columns, weights = (block(name) for name in ("corner", "column", "columns", "weights"))
     for stage in (columns, weights):
         sch.set_scope(stage, 0, "shared.dyn")
         sch.compute_at(stage, step)
-    team.share(sch.get_loops(weights)[5:])
+    team.share(sch.get_loops(weights)[outer:])
     for stage in (column, corner):
         sch.set_scope(stage, 0, "local")
         sch.compute_at(stage, step)
-    vectors = channels // vector
-    together = gcd(vectors, team.threads)  # threads side by side on one pixel
+    # Threads side by side on one pixel, or for planes on one channel of pixels side by side.
+    apart = team.threads // gcd(team.threads, int(sch.get(sch.get_loops(columns)[outer]).extent)) if planes else None
+    together = gcd(channels // vector, apart or team.threads)
     samples = []
     for stage in (corner, columns):
-        pixel, *corners, channel = sch.get_loops(stage)[5:]
+        pixel, *corners, channel = sch.get_loops(stage)[outer:]
         # A thread's pixels side by side: what TVM takes for the size of `corner` is the distance between them.
         mine, pixel = sch.split(pixel, [team.threads // together, None])
-        rounds, channel, lanes = sch.split(channel, [None, together, vector])
-        sch.reorder(mine, channel, pixel, rounds, *corners, lanes)
-        team.bind(sch.fuse(mine, channel))
+        if planes:
+            channel, rounds, lanes = sch.split(channel, [together, None, vector])
+            sch.reorder(channel, mine, pixel, rounds, *corners, lanes)
+            team.bind(sch.fuse(channel, mine))
+        else:
+            rounds, channel, lanes = sch.split(channel, [None, together, vector])
+            sch.reorder(mine, channel, pixel, rounds, *corners, lanes)
+            team.bind(sch.fuse(mine, channel))
         for loop in (pixel, rounds, *corners):
             sch.unroll(loop)
-        sch.vectorize(lanes)
+        if planes and stage is corner:
+            sch.unroll(lanes)
+        else:
+            sch.vectorize(lanes)
         samples.append(rounds)
     # Sums are made one by one: TVM has no vectors of eight floats for CUDA.
     sch.compute_at(column, rounds)

@@ -17,9 +17,9 @@ from tvm import tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
 from tvmdcn.te import fragments
-from tvmdcn.te.implicit_gemm import MOST_PIXELS
+from tvmdcn.te.device_sampling import MOST_PIXELS
 
-__all__ = ["BARRIER", "GRID", "LANES", "PIPELINE", "Team", "finish"]
+__all__ = ["BARRIER", "BOUND", "GRID", "LANES", "PIPELINE", "Team", "finish"]
 
 LANES = 32
 BARRIER = "tvmdcn.barrier"
@@ -28,10 +28,24 @@ PIPELINE = "tvmdcn.pipeline"
 """Annotation of a loop: 1 if its stages run overlapped, 0 if one after the other."""
 GRID = "tvmdcn.grid"
 """Annotation of a function's loop over tiles of pixels: how many pixels a tile has."""
+BOUND = "tvmdcn.bound"
+"""Annotation of a loop of free extent: a bound of it, which callers keep; see `finish`."""
 
 # Stage and order of a step's statements in a pipeline. While the product of one step is made, the weight of the next is
 # copied and its corners are on their way to registers.
 _STAGES = {"weights": (0, 0), "corner": (0, 1), "product": (1, 2), "columns": (0, 3), "barrier": (0, 4)}
+# The gradients of the columns copy both operands.
+_STAGES |= {"near_rows": (0, 1)}
+# The gradient of the weight plans its samples two steps ahead; only the first plan has a barrier of its own.
+_STAGES |= {
+    "weight_grad_rows": (1, 0),
+    "weight_grad_corner": (1, 1),
+    "weight_grad_product": (2, 2),
+    "weight_grad_columns": (1, 3),
+    "weight_grad_share": (0, 4),
+    "first": (0, 5),
+    "ahead": (1, 6),
+}
 
 
 @dataclass(frozen=True)
@@ -102,16 +116,26 @@ def _name(stmt: Any) -> str:
 def _steps(loop: tirx.For) -> tirx.Stmt:
     """Return a loop over steps of the reduction with its barriers, and its order if it is a pipeline."""
     children = list(loop.body)
-    annotations = {k: v for k, v in loop.annotations.items() if k != PIPELINE}
+    annotations = {k: v for k, v in loop.annotations.items() if k not in (PIPELINE, BARRIER, BOUND)}
     if int(loop.annotations[PIPELINE]):
-        children.append(_barrier("block", copies=True))
+        names = [_name(child) for child in children]
+        if "weight_grad_share" in names:
+            first = tirx.IfThenElse(loop.loop_var == loop.min, fragments.BARRIER(), None)
+            children.append(SBlockRealize([], True, SBlock([], [], [], "first", first)))
+        wait = "ahead" if "weight_grad_product" in names else "barrier"
+        children.append(SBlockRealize([], True, SBlock([], [], [], wait, fragments.WAIT_COPIES())))
         places = [_STAGES[_name(child)] for child in children]
-        annotations["software_pipeline_stage"] = [stage for stage, _ in places]
-        annotations["software_pipeline_order"] = [order for _, order in places]
+        annotations["software_pipeline_stage"] = [stage - min(s for s, _ in places) for stage, _ in places]
+        annotations["software_pipeline_order"] = [sorted(o for _, o in places).index(order) for _, order in places]
     else:
         children = [*children[:-1], _barrier("block", copies=True), children[-1], _barrier("block")]
     body = tirx.SeqStmt(children)
-    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, None, annotations)
+    return tirx.For(loop.loop_var, loop.min, _bounded(loop), loop.kind, body, None, annotations)
+
+
+def _bounded(loop: tirx.For) -> Any:
+    """Return a loop's extent, with its bound if it has one."""
+    return tirx.min(loop.extent, int(loop.annotations[BOUND])) if BOUND in loop.annotations else loop.extent
 
 
 def finish(func: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -133,8 +157,8 @@ def finish(func: tirx.PrimFunc) -> tirx.PrimFunc:
         if isinstance(stmt, tirx.For):
             if PIPELINE in stmt.annotations:
                 return _steps(stmt)
-            annotations = {k: v for k, v in stmt.annotations.items() if k not in (BARRIER, GRID)}
-            extent = stmt.extent
+            annotations = {k: v for k, v in stmt.annotations.items() if k not in (BARRIER, BOUND, GRID)}
+            extent = _bounded(stmt)
             if GRID in stmt.annotations:
                 pixels = int(stmt.annotations[GRID])
                 # The bound, which callers keep, tells TVM that the number of a pixel is far from the end of integers.

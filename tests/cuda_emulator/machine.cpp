@@ -857,9 +857,10 @@ void add_bfloat(void* p, const void* v) {
 }
 }  // namespace
 
-// `count` elements of a type (0 float32, 1 float64, 2 int32, 3 uint64, 4 float16, 5 bfloat16), as one vector.
+// `count` elements of a type (0 float32, 1 float64, 2 int32, 3 uint64, 4 float16, 5 bfloat16; 6 uint32, of which the
+// larger is kept), as one vector.
 EXPORT void emulator_atomic_add(void* address, const void* value, int type, int count, void* old, int line) {
-  const size_t sizes[] = {4, 8, 4, 8, 2, 2};
+  const size_t sizes[] = {4, 8, 4, 8, 2, 2, 4};
   const size_t bytes = sizes[type] * count;
   char* a = static_cast<char*>(address);
   check(a, bytes, bytes, kAtomic, SITE, line);
@@ -874,6 +875,7 @@ EXPORT void emulator_atomic_add(void* address, const void* value, int type, int 
       case 3: add_as<uint64_t>(p, v); break;
       case 4: add_as<_Float16>(p, v); break;
       case 5: add_bfloat(p, v); break;
+      case 6: if (*(const uint32_t*)v > *(uint32_t*)p) memcpy(p, v, 4); break;
     }
   }
 }

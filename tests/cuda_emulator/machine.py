@@ -26,9 +26,10 @@ __all__ = ["DeviceMemory", "Emulated", "EmulationError"]
 _HERE = Path(__file__).parent
 _FLAGS = ["-std=c++17", "-fPIC", "-shared", "-march=native", "-fvisibility=hidden"]
 # -fno-tree-sra: a 16-byte access stays one access, so that its alignment is checked. Local variables start as
-# rubbish that shows (NaN in halves, -1.7e38 in floats).
+# rubbish that shows (NaN in halves, -1.7e38 in floats). Hopper's architecture: kernels take its vector additions.
 _KERNEL_FLAGS = [
     *_FLAGS,
+    "-D__CUDA_ARCH__=900",
     *("-O1", "-g1", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-tree-sra"),
     *("-ftrivial-auto-var-init=pattern", "-fsanitize=thread,bounds"),
 ]

@@ -207,12 +207,6 @@ def prepare_ours_backward(
     )
 
 
-def _by_autograd(spec: DeformConv2dGradSpec, named: dict[str, Any], output: Any, asked: list[str], torch: Any) -> Any:
-    """Return the backward of a recorded output; the graph is kept from call to call."""
-    inputs = [named[name] for name in asked]
-    return lambda: torch.autograd.grad(output, inputs, named["grad_output"], retain_graph=True)
-
-
 def prepare_torchvision_backward(
     spec: DeformConv2dGradSpec, extents: Extents, tensors: BackwardTensors, threads: int, schedule: str | None
 ) -> Prepared:
@@ -226,9 +220,10 @@ def prepare_torchvision_backward(
     for name in asked:
         named[name].requires_grad_()
     arguments = (named["input"], named["offset"], named["weight"], named["bias"], spec.stride, padding, spec.dilation)
-    call = _by_autograd(spec, named, deform_conv2d(*arguments, mask=named.get("mask")), asked, torch)
+    output, inputs = deform_conv2d(*arguments, mask=named.get("mask")), [named[name] for name in asked]
     return Prepared(
-        call,
+        # The graph is kept from call to call.
+        lambda: torch.autograd.grad(output, inputs, named["grad_output"], retain_graph=True),
         lambda found: _results(spec, dict(zip(asked, found, strict=True))),
         _copied(given, {name: tensor.detach() for name, tensor in named.items()}),
         note=nchw_only(spec),
@@ -241,16 +236,14 @@ def prepare_conv2d_backward(
     """Prepare the gradients of ``torch.conv2d`` of the same shape."""
     torch = _torch(spec)
     named, padding = _convolved(spec, _on_gpu(spec, tensors), schedule, torch)
-    asked = [name for name in ("input", "weight", "bias") if f"grad_{name}" in spec.outputs]
-    if not asked:
-        raise Unsupported("a plain convolution has no gradients of offset and mask.")
-    for name in asked:
-        named[name].requires_grad_()
-    output = torch.conv2d(
-        named["input"], named["weight"], named["bias"], spec.stride, padding, spec.dilation, spec.groups
-    )
     memory_format = getattr(torch, schedule or "contiguous_format")
-    named["grad_output"] = named["grad_output"].contiguous(memory_format=memory_format)
-    call = _by_autograd(spec, named, output, asked, torch)
+    arguments = named["grad_output"].contiguous(memory_format=memory_format), named["input"], named["weight"]
+    geometry = ([spec.out_channels], spec.stride, padding, spec.dilation, False, (0, 0), spec.groups)
+    asked = (spec.grad_input or spec.grad_offset, spec.grad_weight, spec.grad_bias)
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return torch.ops.aten.convolution_backward(*arguments, *geometry, asked)
+
     call()  # cuDNN tries its algorithms
     return Prepared(call, None)

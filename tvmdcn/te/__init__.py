@@ -16,7 +16,14 @@ import numpy as np
 from tvmdcn.reference import expected_output
 from tvmdcn.reference_grad import expected_gradients
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec
-from tvmdcn.te import deform_conv2d, deform_conv2d_grad, implicit_gemm, products
+from tvmdcn.te import (
+    deform_conv2d,
+    deform_conv2d_grad,
+    device_sampling,
+    implicit_gemm,
+    implicit_gemm_grad,
+    products,
+)
 from tvmdcn.tensors import make_gradient_tensors, make_layer_tensors
 
 __all__ = ["OPERATORS", "DeviceForm", "Operator", "operator_of"]
@@ -103,7 +110,7 @@ OPERATORS = {
                 pack=products.pack_weight,
                 packed_shape=products.packed_shape,
                 packed_dtype=products.packed_dtype,
-                granule=implicit_gemm.PIXELS,
+                granule=device_sampling.PIXELS,
             ),
         ),
         Operator(
@@ -116,6 +123,13 @@ OPERATORS = {
             tensors=make_gradient_tensors,
             expected=expected_gradients,
             granule=deform_conv2d_grad.GRANULE,
+            device=DeviceForm(
+                kernel=implicit_gemm_grad.implicit_gemm_grad,
+                pack=products.pack_weight,
+                packed_shape=products.packed_shape,
+                packed_dtype=products.packed_dtype,
+                granule=device_sampling.PIXELS,
+            ),
         ),
     )
 }

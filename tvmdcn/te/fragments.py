@@ -21,6 +21,8 @@ __all__ = [
     "COPY_16",
     "LANES",
     "LDMATRIX",
+    "ROUND_WORDS",
+    "SEEN",
     "SYNC_WARP",
     "TILE",
     "TO_TF32",
@@ -28,8 +30,11 @@ __all__ = [
     "WORDS",
     "DeviceFunction",
     "Fragments",
+    "add_in_memory",
     "address_of",
     "fragments_of",
+    "sum_corners",
+    "sum_lanes",
     "thread_loop",
 ]
 
@@ -96,6 +101,13 @@ __device__ __forceinline__ void tvmdcn_ldmatrix(unsigned* r, unsigned*, const vo
 The first two arguments are the first and the last of the four words that it writes: TVM takes what lies between two
 addresses for used."""
 
+SEEN = DeviceFunction(
+    "tvmdcn_seen",
+    "template <typename T> __device__ __forceinline__ void tvmdcn_seen(T) {}\n",
+)
+"""Does nothing with an element of shared memory, so that no code is made of it; but TVM gives room only to what it sees
+being read or written, and takes no address for that."""
+
 COPY_16 = DeviceFunction(
     "tvmdcn_copy_16",
     """\
@@ -136,6 +148,16 @@ __device__ __forceinline__ float tvmdcn_to_tf32(float value) {
     "float32",
 )
 """Rounds to the nearest; without it tensor cores truncate, which doubles the error."""
+
+ROUND_WORDS = DeviceFunction(
+    "tvmdcn_round_words",
+    """\
+__device__ __forceinline__ void tvmdcn_round_words(unsigned* r, unsigned*) {
+  for (int i = 0; i < 4; ++i) asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r[i]) : "f"(__uint_as_float(r[i])));
+}
+""",
+)
+"""Rounds what `LDMATRIX` has read as `TO_TF32` does; the arguments are the first and the last of the four words."""
 
 
 @dataclass(frozen=True)
@@ -191,3 +213,68 @@ def thread_loop(var: tirx.Var, extent: int, tag: str, body: tirx.Stmt) -> tirx.S
     """Return a loop that is spread over threads."""
     axis = tirx.IterVar(None, tirx.Var(tag, "int32"), tirx.IterVar.ThreadIndex, tag)
     return tirx.For(var, 0, extent, tirx.ForKind.THREAD_BINDING, body, axis)
+
+
+def add_in_memory(dtype: str, count: int) -> DeviceFunction:
+    """Return ``add(target, values)``, which adds 1, 2 or 4 neighbours in the device's memory, each atomically.
+
+    Vectors are of float32; architectures before Hopper add them one by one.
+    """
+    kind = {"float32": "float", "float64": "double"}[dtype]
+    name = f"tvmdcn_add_{kind}_{count}"
+    if count == 1:
+        body = "  atomicAdd(target, value);\n"
+    else:
+        parts = "xyzw"[:count]
+        operands = ", ".join(f"%{i + 1}" for i in range(count))
+        values = ", ".join(f'"f"(value.{part})' for part in parts)
+        single = " ".join(f"atomicAdd(target + {i}, value.{part});" for i, part in enumerate(parts))
+        body = (
+            "#if __CUDA_ARCH__ >= 900\n"
+            f'  asm volatile("red.relaxed.gpu.global.add.v{count}.f32 [%0], {{{operands}}};"\n'
+            f'               : : "l"(target), {values} : "memory");\n'
+            f"#else\n  {single}\n#endif\n"
+        )
+    vector = kind if count == 1 else f"{kind}{count}"
+    return DeviceFunction(
+        name, f"__device__ __forceinline__ void {name}({kind}* target, {vector} value) {{\n{body}}}\n"
+    )
+
+
+def sum_lanes(dtype: str) -> DeviceFunction:
+    """Return ``total(value, lanes)``: the sum over neighbouring lanes of a warp, a power of two, which all get it."""
+    kind = {"float32": "float", "float64": "double"}[dtype]
+    name = f"tvmdcn_sum_lanes_{kind}"
+    return DeviceFunction(
+        name,
+        f"__device__ __forceinline__ {kind} {name}({kind} value, int lanes) {{\n"
+        "  for (int apart = lanes / 2; apart > 0; apart /= 2) {\n"
+        "    value += __shfl_xor_sync(0xffffffffu, value, apart);\n"
+        "  }\n"
+        "  return value;\n"
+        "}\n",
+        dtype,
+    )
+
+
+def sum_corners(dtype: str) -> DeviceFunction:
+    """Return ``total(corner_0, ..., corner_3, lane, lanes)``: of four sums over neighbouring lanes, one each.
+
+    The first lane gets the first, and so on, again and again. `lanes` is a power of two, at least 4; each exchange
+    halves what a lane still has, so that it takes a third of the shuffles that four sums would.
+    """
+    kind = {"float32": "float", "float64": "double"}[dtype]
+    name = f"tvmdcn_sum_corners_{kind}"
+    return DeviceFunction(
+        name,
+        f"__device__ __forceinline__ {kind} {name}("
+        f"{kind} a, {kind} b, {kind} c, {kind} d, int lane, int lanes) {{\n"
+        f"  const unsigned all = 0xffffffffu;\n"
+        f"  {kind} even = (lane & 1 ? b : a) + __shfl_xor_sync(all, lane & 1 ? a : b, 1);\n"
+        f"  {kind} odd = (lane & 1 ? d : c) + __shfl_xor_sync(all, lane & 1 ? c : d, 1);\n"
+        f"  {kind} total = (lane & 2 ? odd : even) + __shfl_xor_sync(all, lane & 2 ? even : odd, 2);\n"
+        "  for (int apart = 4; apart < lanes; apart *= 2) total += __shfl_xor_sync(all, total, apart);\n"
+        "  return total;\n"
+        "}\n",
+        dtype,
+    )

@@ -1,20 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How columns and weight are multiplied on a GPU, and the weight in the order in which that is done."""
+"""How columns and weight are multiplied on a GPU, and the weight in the order in which that is done.
+
+The forward sums up over taps and input channels; the gradients of the columns over output channels, and there the input
+channels are divided into units (`ColumnUnits`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from tvm import te, tirx
 from tvm.s_tir import Schedule
 
-from tvmdcn.spec import DeformConv2dSpec
+from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec
 from tvmdcn.te.fragments import LANES, TILE, TO_TF32, WORDS, Fragments, fragments_of
 from tvmdcn.te.nests import with_alignment
 from tvmdcn.te.tiles import ITEM_BYTES, cast
 
-__all__ = ["Product", "pack_weight", "packed_dtype", "packed_shape", "padded", "product_of"]
+__all__ = [
+    "ColumnUnits",
+    "Product",
+    "column_units",
+    "pack_weight",
+    "packed_dtype",
+    "packed_shape",
+    "padded",
+    "product_of",
+]
 
 Expr = Any
 
@@ -61,6 +76,49 @@ def padded(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+@dataclass(frozen=True)
+class ColumnUnits:
+    """How the input channels are divided for the gradients of the columns.
+
+    A unit's channels lie side by side, in one offset group, and in one group but where each thread gathers.
+
+    Attributes
+    ----------
+    count : int
+        Units of all channels.
+    channels : int
+        Of a unit.
+    width : int
+        The same with those that fill it up for the product.
+    depth : int
+        Output channels of a group, likewise.
+    of_offset_group : int
+        Units of an offset group.
+    of_group : int
+        Units of a group; 0 where groups are smaller than units.
+    """
+
+    count: int
+    channels: int
+    width: int
+    depth: int
+    of_offset_group: int
+    of_group: int
+
+
+def column_units(spec: DeformConv2dSpec) -> ColumnUnits:
+    """Return the units of a layer."""
+    product = product_of(spec)
+    in_group, together = spec.in_channels // spec.groups, spec.in_channels // spec.offset_groups
+    per_group = spec.out_channels // spec.groups
+    if product.kind == "gather":
+        return ColumnUnits(spec.offset_groups, together, together, per_group, 1, 0)
+    channels = gcd(in_group, together)
+    # Sums run over output channels here, in steps of what they are for input channels in the forward.
+    width, depth = padded(channels, TILE), padded(per_group, product.depth)
+    return ColumnUnits(spec.in_channels // channels, channels, width, depth, together // channels, in_group // channels)
+
+
 def packed_shape(spec: DeformConv2dSpec) -> tuple[int, ...]:
     """Return the shape of the packed weight.
 
@@ -69,21 +127,59 @@ def packed_shape(spec: DeformConv2dSpec) -> tuple[int, ...]:
     * simt: (groups, taps, channels of a group, output channels of a group in vectors of 16 bytes, their elements);
     * gather: (taps, channels of a group, output channels of a group, groups), so that threads side by side, which work
       on neighbouring groups, read side by side.
+
+    For gradients:
+
+    * mma: (units, taps, blocks of the output channels of a group, blocks of the channels of a unit, lanes, words);
+    * simt: (units, taps, output channels of a group, channels of a unit in vectors of 16 bytes, their elements);
+    * gather: (taps, output channels of a group, channels).
     """
     product = product_of(spec)
-    depth = padded(spec.in_channels // spec.groups, product.depth)
-    width = padded(spec.out_channels // spec.groups, product.width)
+    if isinstance(spec, DeformConv2dGradSpec):
+        units = column_units(spec)
+        outer, depth, width = units.count, units.depth, units.width
+        if product.kind == "gather":
+            return (spec.taps, depth, spec.in_channels)
+    else:
+        outer, depth = spec.groups, padded(spec.in_channels // spec.groups, product.depth)
+        width = padded(spec.out_channels // spec.groups, product.width)
+        if product.kind == "gather":
+            return (spec.taps, depth, width, spec.groups)
     if product.fragments is not None:
-        return (spec.groups, spec.taps, depth // product.fragments.depth, width // TILE, LANES, WORDS)
-    if product.kind == "gather":
-        return (spec.taps, depth, width, spec.groups)
+        return (outer, spec.taps, depth // product.fragments.depth, width // TILE, LANES, WORDS)
     vector = 16 // ITEM_BYTES[spec.dtype]
-    return (spec.groups, spec.taps, depth, width // vector, vector)
+    return (outer, spec.taps, depth, width // vector, vector)
 
 
 def packed_dtype(spec: DeformConv2dSpec) -> str:
     """Return the dtype of the packed weight: that of sums, or words of 32 bits for tensor cores."""
     return spec.accumulator_dtype if product_of(spec).fragments is None else "uint32"
+
+
+def _element(spec: DeformConv2dSpec, weight: te.Tensor) -> Callable[..., Expr]:
+    """Return the weight at (group, tap, input channel, output channel); zeros fill up the channels of a group."""
+    in_group, per_group = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+
+    def element(g: Expr, k: Expr, c: Expr, o: Expr) -> Expr:
+        row = g * per_group + te.min(o, per_group - 1)
+        value = weight[row, te.min(c, in_group - 1) * spec.taps + k]
+        return tirx.Select(tirx.all(c < in_group, o < per_group), value, tirx.const(0.0, spec.dtype))
+
+    return element
+
+
+def _column_element(spec: DeformConv2dSpec, weight: te.Tensor) -> Callable[..., Expr]:
+    """Return the weight at (unit, tap, output channel of the group, channel of the unit); zeros fill them up."""
+    in_group, per_group = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    units = column_units(spec)
+
+    def element(u: Expr, k: Expr, o: Expr, c: Expr) -> Expr:
+        channel = u * units.channels + te.min(c, units.channels - 1)
+        g = channel // in_group
+        value = weight[g * per_group + te.min(o, per_group - 1), (channel - g * in_group) * spec.taps + k]
+        return tirx.Select(tirx.all(c < units.channels, o < per_group), value, tirx.const(0.0, spec.dtype))
+
+    return element
 
 
 def pack_weight(spec: DeformConv2dSpec) -> tirx.PrimFunc:
@@ -92,14 +188,8 @@ def pack_weight(spec: DeformConv2dSpec) -> tirx.PrimFunc:
     From ``[Cout, Cin/groups*K]``, the weight as a matrix, to `packed_shape`; what fills up channels is zeros.
     """
     product, taps = product_of(spec), spec.taps
-    in_group, per_group = spec.in_channels // spec.groups, spec.out_channels // spec.groups
-    weight = te.placeholder((spec.out_channels, in_group * taps), spec.dtype, name="weight")
-    zero = tirx.const(0.0, spec.dtype)
-
-    def element(g: Expr, k: Expr, c: Expr, o: Expr) -> Expr:
-        row = g * per_group + te.min(o, per_group - 1)
-        value = weight[row, te.min(c, in_group - 1) * taps + k]
-        return tirx.Select(tirx.all(c < in_group, o < per_group), value, zero)
+    weight = te.placeholder((spec.out_channels, spec.in_channels // spec.groups * taps), spec.dtype, name="weight")
+    element = _column_element(spec, weight) if isinstance(spec, DeformConv2dGradSpec) else _element(spec, weight)
 
     def word(*at: Expr) -> Expr:
         g, k, s, block, lane, number = at
@@ -115,6 +205,10 @@ def pack_weight(spec: DeformConv2dSpec) -> tirx.PrimFunc:
         return parts[0] | (parts[1] << tirx.const(16, "uint32"))
 
     def number(*at: Expr) -> Expr:
+        if product.kind == "gather" and isinstance(spec, DeformConv2dGradSpec):
+            k, o, channel = at
+            in_unit = column_units(spec).channels
+            return cast(element(channel // in_unit, k, o, channel % in_unit), spec.dtype, spec.accumulator_dtype)
         if product.kind == "gather":
             k, c, o, g = at
         else:

@@ -26,16 +26,17 @@ Expr = Any
 """A TIR expression."""
 
 
-def plan_blocks(ndim: int) -> list[str]:
+def plan_blocks(ndim: int, prefix: str = "") -> list[str]:
     """Return the names of the plan's blocks, consumers before producers."""
     corners = ["".join(map(str, bits)) for bits in product((0, 1), repeat=ndim)]
     axes = range(ndim)
-    return (
+    names = (
         [f"index_{c}" for c in corners]
         + [f"weight_{c}" for c in corners]
         + [f"{side}_{axis}" for axis in axes for side in ("low", "high", "fraction")]
         + [f"position_{axis}" for axis in axes]
     )
+    return [prefix + name for name in names]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def sampling_plan(
     modulation: Callable[..., Expr] | None = None,
     zero_pixel: Expr | None = None,
     border_inside: bool = False,
+    prefix: str = "",
 ) -> Plan:
     """Describe which corners each sample reads, and with which weights.
 
@@ -95,6 +97,8 @@ def sampling_plan(
     border_inside : bool
         Whether a sample at exactly -1 has its high corner inside. Its value is 0 either way, which is for the caller to
         see to (`on_border`), but its derivative then is the one-sided one (torchvision) instead of 0 (mmcv).
+    prefix : str
+        What the names of the blocks begin with.
 
     Returns
     -------
@@ -107,7 +111,7 @@ def sampling_plan(
     one, outside = tirx.const(1.0, dtype), tirx.const(-((1 << 31) // len(axes)), "int32")
 
     def stage(name: str, value: Callable[..., Expr]) -> te.Tensor:
-        return te.compute(shape, value, name=name)
+        return te.compute(shape, value, name=prefix + name)
 
     def within(axis: int) -> Callable[..., Expr]:
         # A place worth 0 becomes `extent`, whose low and high corners are both outside. A NaN fails the comparison, and

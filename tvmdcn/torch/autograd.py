@@ -197,7 +197,7 @@ def call_recorded(
     mask: Tensor | None,
     border: str,
 ) -> Tensor:
-    """Call :func:`tvmdcn.deform_conv2d` so that autograd records it; for plain tensors on the CPU."""
+    """Call :func:`tvmdcn.deform_conv2d` so that autograd records it; for plain tensors."""
     if type(stride) is not int:
         stride = check_pair("stride", stride, 1)
     if type(padding) is not int:

@@ -146,6 +146,8 @@ def empty_gradients(
 ) -> tuple[Tensor, ...]:
     """Return what stands for the outputs of ``tvmdcn::deform_conv2d_backward``."""
     layer, shape = check(input, offset, weight, None, mask, geometry)
+    if grad_output.device != input.device:
+        raise SpecTypeError(f"grad_output is on device {grad_output.device}, and input on {input.device}.")
     found = tuple(grad_output.shape)
     if len(found) != 4 or not all(_holds(size == wanted) for size, wanted in zip(found, shape, strict=True)):
         raise SpecError(f"grad_output must be of the output's shape {shape}, got {found}.")

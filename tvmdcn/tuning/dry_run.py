@@ -26,7 +26,7 @@ from tvmdcn.target import TargetInfo, resolve_target
 __all__ = ["compile_candidate", "dry_run", "print_rows", "write_rows"]
 
 _TIMEOUT = 300.0  # seconds for one candidate
-_WIDTH = 140  # columns of a log
+_WIDTH = 150  # columns of a log
 _ATTEMPTS = 6  # wishes for each candidate that is wanted: many are rounded to the same decisions
 
 
@@ -163,20 +163,26 @@ def write_rows(rows: Iterator[dict[str, Any]], path: Path | None) -> list[dict[s
     return found
 
 
-def _main_kernel(row: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Return the kernel that does the work: the one with most instructions, the packing of weights left out."""
+def _main_kernels(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the kernels that do the work, in order: those that multiply, or the largest; packing is left out."""
     kernels = {name: kernel for name, kernel in row["kernels"].items() if not name.startswith("pack_weight")}
-    return max(kernels.items(), key=lambda item: (item[1]["shared_bytes"], item[1]["registers"]))
+    found = {name: kernels[name] for name in sorted(kernels) if any(map(kernels[name]["instructions"].get, _PRODUCTS))}
+    if found:
+        return found
+    name = max(kernels, key=lambda name: (kernels[name]["shared_bytes"], kernels[name]["registers"]))
+    return {name: kernels[name]}
 
 
-_COUNTED = ("HMMA", "FFMA", "LDSM", "LDGSTS", "LDG.128", "STS.128", "LDL", "STL", "BAR")
+_PRODUCTS = ("HMMA", "FFMA")
+_COUNTED = ("HMMA", "FFMA", "LDSM", "LDGSTS", "LDG.128", "STS.128", "RED", "LDL", "STL", "BAR")
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], console: Any = None) -> None:
     """Print a table of the candidates of each layer, their schedules, and the failures by reason.
 
-    Sizes are bytes; "warps" are those at once, of all that a multiprocessor can hold, and "limit" is what keeps more
-    out; then come counts of instructions (:data:`tvmdcn.cuda_compiler.INSTRUCTIONS`).
+    A candidate with several kernels that multiply, such as one of gradients, has a line for each. Sizes are bytes;
+    "warps" are those at once, of all that a multiprocessor can hold, and "limit" is what keeps more out; then come
+    counts of instructions (:data:`tvmdcn.cuda_compiler.INSTRUCTIONS`).
     """
     from rich import box
     from rich.console import Console
@@ -188,17 +194,20 @@ def print_rows(rows: Sequence[Mapping[str, Any]], console: Any = None) -> None:
     for problem in dict.fromkeys(row["problem"] for row in rows):
         mine = sorted((row for row in rows if row["problem"] == problem), key=lambda row: int(row["number"]))
         good = [row for row in mine if "kernels" in row]
-        main = {row["number"]: _main_kernel(row)[1] for row in good}
-        counted = [name for name in _COUNTED if any(kernel["instructions"].get(name) for kernel in main.values())]
+        main = [(row["number"], name, kernel) for row in good for name, kernel in _main_kernels(row).items()]
+        counted = [name for name in _COUNTED if any(kernel["instructions"].get(name) for _, _, kernel in main)]
+        several = len(main) > len(good)
         title = f"{problem} for {mine[0]['target']}: {len(good)} of {len(mine)} compile"
         table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1))
-        for heading in ("", "regs", "spill", "stack", "shared", "threads", "warps", "limit", *counted):
+        headings = ("regs", "spill", "stack", "shared", "threads", "warps", "limit", *counted)
+        for heading in ("", *(["kernel"] if several else []), *headings):
             table.add_column(heading, justify="right")
-        for number, kernel in main.items():
+        for number, name, kernel in main:
             sizes = [kernel["registers"], kernel["spill_stores"] + kernel["spill_loads"], kernel["stack_bytes"]]
             sizes += [kernel["shared_bytes"], kernel["threads"], f"{kernel['occupancy']:.0%}", kernel["limit"]]
             counts = [kernel["instructions"].get(name, 0) for name in counted]
-            table.add_row(*map(str, (number, *sizes, *counts)))
+            shown = [name.rpartition("kernel_")[2]] if several else []
+            table.add_row(*map(str, (number, *shown, *sizes, *counts)))
         if good:
             console.print(table)
         for row in good:

@@ -94,6 +94,7 @@ _ALL_GRADIENTS: dict[str, Any] = {
     "grad_weight": True,
     "grad_bias": True,
     "border": BORDERS[0],
+    "deterministic": False,
 }
 
 

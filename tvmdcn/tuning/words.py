@@ -7,8 +7,8 @@ from tvmdcn.space import Decisions
 
 __all__ = ["describe_decisions", "variant_parts"]
 
-# What the variants and the choices of schedules/llvm mean; what is not listed stands for itself. By how the name of a
-# variant begins: what it does, and what the other parts of the name say.
+# What the variants and the choices of schedules/llvm, and some of schedules/cuda, mean; what is not listed stands for
+# itself. By how the name of a variant begins: what it does, and what the other parts of the name say.
 _OUTPUTS = ("{} vectors of output channels in registers", "sampling plan per {}")
 _INPUTS = ("{} vectors of input channels in registers",)
 _VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -31,6 +31,7 @@ _CHOICES = {
     "weight_vectors": "weight's gradient with {} vectors of channels in registers",
     "register_outputs": "weight's gradient with {} output channels in registers",
     "unroll_pixels": "weight's gradient with its sum over pixels unrolled {} times",
+    "splits": "sums in {} parts",
 }
 # What the parts of a variant's name decide, by its first part.
 _PARTS = {
@@ -44,6 +45,8 @@ def variant_parts(variant: str) -> dict[str, str]:
     """Return what the name of a variant decides, part by part; the whole name where its parts mean nothing here."""
     parts = variant.split("-")
     names = _PARTS.get(parts[0], ())
+    if parts[-1] == "planes":
+        names = (*names, "corners from")
     return dict(zip(names, parts, strict=True)) if len(names) == len(parts) else {"variant": variant}
 
 

@@ -61,6 +61,7 @@ void emulator_atomic_add(void* address, const void* value, int type, int count, 
 #define __any_sync(MASK, PREDICATE) (emulator_vote(MASK, PREDICATE, __LINE__) != 0)
 #define __all_sync(MASK, PREDICATE) (emulator_vote(MASK, !(PREDICATE), __LINE__) == 0)
 #define atomicAdd(...) emulator_added(__LINE__, __VA_ARGS__)
+#define atomicMax(...) emulator_raised(__LINE__, __VA_ARGS__)
 #define __threadfence() ((void)0)
 #define __threadfence_block() ((void)0)
 #define __trap() __builtin_trap()
@@ -199,6 +200,8 @@ static inline T __ldg(const T* pointer) {
 }
 static inline int __float_as_int(float value) { return emulator_bits<int>(value); }
 static inline unsigned __float_as_uint(float value) { return emulator_bits<unsigned>(value); }
+static inline long long __double_as_longlong(double value) { return emulator_bits<long long>(value); }
+static inline double __longlong_as_double(long long value) { return emulator_bits<double>(value); }
 static inline float __int_as_float(int value) { return emulator_bits<float>(value); }
 static inline float __uint_as_float(unsigned value) { return emulator_bits<float>(value); }
 static inline int __float2int_rd(float value) { return int(floorf(value)); }
@@ -256,6 +259,12 @@ static inline T emulator_added(int line, T* address, V value) {
   const T operand = value;
   T old;
   emulator_atomic_add(address, &operand, EmulatorElement<T>::type, EmulatorElement<T>::count, &old, line);
+  return old;
+}
+
+static inline unsigned emulator_raised(int line, unsigned* address, unsigned value) {
+  unsigned old;
+  emulator_atomic_add(address, &value, 6, 1, &old, line);
   return old;
 }
 
