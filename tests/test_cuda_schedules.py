@@ -90,6 +90,9 @@ CASES = {
     "uneven padding": (TEST_PROBLEMS["uneven_padding"], None),
     "one pixel": (TEST_PROBLEMS["pixel"], None),
     "one row": (TEST_PROBLEMS["row"], None),
+    # Loops that could be of one step, or that overlap leaves one step of.
+    "one tap, one step": (layer(in_channels=16, kernel_size=1, padding=0), None),
+    "one tap, two steps": (layer(in_channels=16, kernel_size=1, padding=0, dtype="float32", tf32=True), None),
 }
 
 

@@ -39,7 +39,7 @@ from tvmdcn.schedules.cuda.threads import BARRIER, GRID, LANES, PIPELINE, Team
 from tvmdcn.space import PLANES, SPLITS, VARIANT, Choices, design_space
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.te.device_sampling import PIXELS
-from tvmdcn.te.products import padded, product_of
+from tvmdcn.te.products import padded, product_of, several_steps
 from tvmdcn.te.sampling import plan_blocks
 from tvmdcn.te.tiles import ITEM_BYTES
 
@@ -101,6 +101,11 @@ def _divisors(value: int, candidates: tuple[int, ...]) -> list[int]:
     return [c for c in candidates if value % c == 0]
 
 
+def _overlap(choices: Choices, steps: int) -> int:
+    """Decide whether steps overlap: what is left of their loop when the first has begun before it is to be a loop."""
+    return _pick(choices, "overlap", [0, 1] if steps > 2 else [0], 1)
+
+
 def _vector(spec: DeformConv2dSpec) -> int:
     """Return how many channels a thread samples at once: they lie in one group and one offset group."""
     run = gcd(spec.in_channels // spec.groups, spec.in_channels // spec.offset_groups)
@@ -119,8 +124,8 @@ def _tensor_cores(sch: Any, spec: DeformConv2dSpec, plan: str, planes: bool, cho
     down = _pick(choices, "warps_down", [1, 2, 4], 2)
     across = _pick(choices, "warps_across", _divisors(outputs // width, _COUNTS), 4)
     # Of planes, a thread holds more numbers a step, each in a register of its own.
-    depth = _pick(choices, "step_depth", _divisors(steps, (1, 2, 3, 4, 6, 8)), 1 if planes else 2)
-    overlap = _pick(choices, "overlap", [0, 1], 1)
+    depth = _pick(choices, "step_depth", several_steps(spec, steps, (1, 2, 3, 4, 6, 8)), 1 if planes else 2)
+    overlap = _overlap(choices, spec.taps * steps // depth)
     team = Team(sch, down * across)
 
     g, r, o, k, s, lane, _ = sch.get_loops(product)
@@ -162,8 +167,8 @@ def _multiply_adds(sch: Any, spec: DeformConv2dSpec, plan: str, planes: bool, ch
     beside = _pick(choices, "lanes_across", _divisors(outputs // width, (1, 2, 4, 8, 16)), 8)
     down = _pick(choices, "warps_down", [1, 2, 4], 2)
     across = _pick(choices, "warps_across", _divisors(outputs // width // beside, _COUNTS), 2)
-    depth = _pick(choices, "step_channels", _divisors(channels, (4, 8, 16, 32)), 16)
-    overlap = _pick(choices, "overlap", [0, 1], 1)
+    depth = made.depth * _pick(choices, "step_quads", several_steps(spec, channels // made.depth, (1, 2, 4, 8)), 4)
+    overlap = _overlap(choices, spec.taps * channels // depth)
     team = Team(sch, down * across)
     # A tile must divide the padding of the pixels.
     while down * (LANES // beside) * rows > PIXELS:
@@ -219,8 +224,8 @@ def _split(sch: Any, step: Any, plan: str, taps: int, choices: Choices) -> tuple
     """
     steps = int(sch.get(step).extent)
     overlap = int(sch.get(step).annotations[PIPELINE])
-    # Two steps a part, at least: one alone overlaps with nothing.
-    splits = _pick(choices, "splits", [n for n in _SPLITS if steps % n == 0 and (n == 1 or steps >= 2 * n)], 1)
+    # Of each part, too, a loop is to be left; see `several_steps`.
+    splits = _pick(choices, "splits", [n for n in _SPLITS if steps % n == 0 and steps // n >= 2 + overlap], 1)
     if splits == 1:
         return step, step, 5
     sch.unannotate(step, PIPELINE)
@@ -286,7 +291,6 @@ def _operands(
 def _plan(sch: Any, plan: str, team: Team, lane: Any, samples: list[Any]) -> None:
     """Schedule the sampling plan; `samples` are the loops in which ``corner`` and ``columns`` need it."""
     block, pixels = sch.get_sblock, ("pixel_1", "pixel_0", "pixel", "pixel_n")
-    merged = None
     if plan == "block":
         # For all taps of a block's pixels: in shared memory, a sample a thread.
         plans = []
@@ -298,11 +302,13 @@ def _plan(sch: Any, plan: str, team: Team, lane: Any, samples: list[Any]) -> Non
             plans.append(sch.fuse(*loops))
             sch.unroll(corners)
         merged = sch.merge(*reversed(plans))
-        for name in plan_blocks(2):
+        # In shared memory, where there is one sample a thread, the pixels' room would be given to the plan too early.
+        for name in (*plan_blocks(2), *pixels):
             sch.set_scope(block(name), 0, "local")
             sch.compute_at(block(name), merged)
-    else:
-        _plan_of_thread(sch, samples)
+        team.share([merged])
+        return
+    _plan_of_thread(sch, samples)
     # All are placed before any is spread over threads: of a guarded loop TVM takes the whole range for what is read.
     for name in pixels:
         sch.set_scope(block(name), 0, "shared.dyn")
@@ -311,8 +317,6 @@ def _plan(sch: Any, plan: str, team: Team, lane: Any, samples: list[Any]) -> Non
         team.share(sch.get_loops(block(name))[4:])
         if name != "pixel_n":
             sch.annotate(block(name), BARRIER, "block")
-    if merged is not None:
-        sch.annotate(team.share([merged]), BARRIER, "block")
 
 
 def _plan_of_thread(sch: Any, samples: list[Any]) -> None:

@@ -28,6 +28,7 @@ from functools import partial
 from math import gcd
 from typing import Any
 
+from tvmdcn.schedules.cuda.grad_plan import plan_samples, stage_of
 from tvmdcn.schedules.cuda.grad_sums import add_parts, sum_bias
 from tvmdcn.schedules.cuda.threads import BARRIER, BOUND, LANES, PIPELINE, Team
 from tvmdcn.space import TILE_UNITS, Choices
@@ -35,7 +36,6 @@ from tvmdcn.spec import DeformConv2dGradSpec
 from tvmdcn.te.device_sampling import MOST_PIXELS, PIXELS
 from tvmdcn.te.pixel_sums import BIAS_PREFIX
 from tvmdcn.te.products import product_of
-from tvmdcn.te.sampling import plan_blocks
 from tvmdcn.te.tiles import ITEM_BYTES
 from tvmdcn.te.weight_gradients import PREFIX, groups_fit
 
@@ -89,18 +89,13 @@ def _even(warps: list[int], across: int, vectors: int, lengths: list[int]) -> li
     return [w for w in warps if w * across * LANES // gcd(vectors, w * across * LANES) <= lengths[-1]]
 
 
-def _block(sch: Any, name: str) -> Any:
-    return sch.get_sblock(PREFIX + name)
-
-
 def _extent(sch: Any, loop: Any) -> int:
     return int(sch.get(loop).extent)
 
 
 def _tensor_cores(sch: Any, spec: DeformConv2dGradSpec, choices: Choices) -> None:
     """Schedule the product on tensor cores: a warp makes tiles of 16 x 16, which it keeps in 8 registers each."""
-
-    block = partial(_block, sch)
+    block = partial(stage_of, sch)
 
     product = block("product")
     fragments = product_of(spec).fragments
@@ -109,14 +104,16 @@ def _tensor_cores(sch: Any, spec: DeformConv2dGradSpec, choices: Choices) -> Non
     outputs, channels = _extent(sch, r), _extent(sch, c)
     # What is odd is done by each warp, so that the number of threads is a power of two.
     odd = outputs // (outputs & -outputs)
-    wish = odd if 1 < odd <= _COUNTS[-1] else 4 if outputs % 16 == 0 else 2
+    wish = odd if 1 < odd <= _COUNTS[-1] else 4 if outputs % (8 * fragments.packing) == 0 else 2
     rows = _pick(choices, "weight_warp_rows", _divisors(outputs, _COUNTS), wish)
-    width = _pick(choices, "weight_warp_columns", _fitting(spec, _divisors(channels, (1, 2, 3, 4)), TILE), 2)
+    # Tiles of tf32 take more registers: where half as many outputs are a block's, its warps are narrow.
+    columns, warps = (1, 4) if fragments.packing == 1 and outputs % 16 == 8 else (2, 2)
+    width = _pick(choices, "weight_warp_columns", _fitting(spec, _divisors(channels, (1, 2, 3, 4)), TILE), columns)
     beside = _fitting(spec, _divisors(channels // width, (1, 2, 4)), width * TILE)
-    across = _pick(choices, "weight_warps_across", beside, 2)
+    across = _pick(choices, "weight_warps_across", beside, warps)
     vectors, lengths = across * width * TILE // _vector(spec), [16, 32, 64]
-    warps = _even(_divisors(outputs // rows, _WARPS), across, vectors, lengths)
-    down = _pick(choices, "weight_warps_down", warps, 4)
+    tall = _even(_divisors(outputs // rows, _WARPS), across, vectors, lengths)
+    down = _pick(choices, "weight_warps_down", tall, 4)
     team = Team(sch, down * across)
     lengths = [length for length in lengths if length >= team.threads // gcd(vectors, team.threads)]
     pixels = _pick(choices, "weight_step_pixels", lengths, 16 * fragments.packing)
@@ -205,8 +202,7 @@ def _lanes(across: int, down: int) -> list[int]:
 
 def _gather(sch: Any, spec: DeformConv2dGradSpec, choices: Choices) -> None:
     """Schedule grouped layers: a thread samples what it multiplies, for some of a step's pixels."""
-
-    block = partial(_block, sch)
+    block = partial(stage_of, sch)
 
     in_group, out_group = spec.in_channels // spec.groups, spec.out_channels // spec.groups
     # Vectors of channels: of a group, or, where it has only one, of neighbouring groups.
@@ -288,7 +284,7 @@ def _gather(sch: Any, spec: DeformConv2dGradSpec, choices: Choices) -> None:
         sch.vectorize(groups)
     elif in_group > 1:
         sch.vectorize(sch.split(output, [None, gcd(outputs, VECTOR_BYTES // ITEM_BYTES[spec.dtype])])[1])
-    team.share([_plan(sch, unit)])
+    team.share([plan_samples(sch, unit)])
     init = sch.decompose_reduction(summed, unit)
     for loop in sch.get_loops(init)[3:]:
         sch.unroll(loop)
@@ -349,8 +345,7 @@ def _operands(sch: Any, spec: DeformConv2dGradSpec, team: Team, around: list[Any
 
     `around` are the loops over plans and steps, or over steps that have a plan each.
     """
-
-    block = partial(_block, sch)
+    block = partial(stage_of, sch)
 
     vector, step, outer = _vector(spec), around[-1], 3 + len(around)
     sch.annotate(step, PIPELINE, int(steps.overlap))
@@ -363,7 +358,7 @@ def _operands(sch: Any, spec: DeformConv2dGradSpec, team: Team, around: list[Any
     for stage in (operand, column, corner):
         sch.set_scope(stage, 0, "local")
         sch.compute_at(stage, step)
-    plan = _plan(sch, around[0])
+    plan = plan_samples(sch, around[0])
     for stage in (rows, columns):
         # Rows begin in different banks of shared memory.
         sch.storage_align(stage, 0, -2, 32, skew)
@@ -397,24 +392,3 @@ def _operands(sch: Any, spec: DeformConv2dGradSpec, team: Team, around: list[Any
     double = [columns] if len(around) > 1 else [columns, block("place"), block("share")]
     for stage in double if steps.overlap else ():
         sch.annotate(stage, "double_buffer_scope", 0)
-
-
-def _plan(sch: Any, at: Any) -> Any:
-    """Schedule the sampling plan inside a loop: in shared memory, a sample a thread. Returns its loop over samples."""
-
-    block = partial(_block, sch)
-
-    sch.compute_inline(block("image_first"))
-    plans = []
-    for name in ("share", "place"):
-        stage = block(name)
-        sch.set_scope(stage, 0, "shared.dyn")
-        sch.compute_at(stage, at, index=-2)  # side by side, before all that is there
-        *loops, corners = sch.get_loops(stage)[4:]
-        plans.append(sch.fuse(*loops))
-        sch.unroll(corners)
-    merged = sch.merge(*reversed(plans))
-    for name in (*plan_blocks(2), "pixel_1", "pixel_0", "pixel", "pixel_n"):
-        sch.set_scope(block(name), 0, "local")
-        sch.compute_at(block(name), merged)
-    return merged

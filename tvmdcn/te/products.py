@@ -7,7 +7,7 @@ channels are divided into units (`ColumnUnits`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -29,6 +29,7 @@ __all__ = [
     "packed_shape",
     "padded",
     "product_of",
+    "several_steps",
 ]
 
 Expr = Any
@@ -67,8 +68,23 @@ def product_of(spec: DeformConv2dSpec) -> Product:
         return Product("gather", 1, 1)
     if spec.dtype in ("float16", "bfloat16") or spec.tf32:
         fragments = fragments_of(spec.dtype)
-        return Product("mma", fragments.depth, TILE, fragments)
-    return Product("simt", 4, TILE)
+        made = Product("mma", fragments.depth, TILE, fragments)
+    else:
+        made = Product("simt", 4, TILE)
+    # Steps of the forward's sums are to be a loop: see `several_steps`.
+    is_forward = not isinstance(spec, DeformConv2dGradSpec)
+    if is_forward and spec.taps == 1 and spec.in_channels // spec.groups <= made.depth:
+        return Product("gather", 1, 1)
+    return made
+
+
+def several_steps(spec: DeformConv2dSpec, steps: int, candidates: Sequence[int]) -> list[int]:
+    """Return those of the candidates that divide `steps`, of a tap, and leave more than one in all.
+
+    A loop of one step is none: TVM then sees a straight line, in which it gives an operand the room of the sampling
+    plan while other threads still read that, for it knows nothing of asynchronous copies.
+    """
+    return [c for c in candidates if steps % c == 0 and spec.taps * steps > c]
 
 
 def padded(value: int, multiple: int) -> int:

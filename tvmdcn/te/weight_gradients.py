@@ -197,9 +197,11 @@ class WeightGradients:
         def place(g: Expr, n: Expr, q: Expr, o: Expr) -> tuple[list[Expr], Expr]:
             """Return the place in the output's gradient, one that there is, and whether it is the one asked for."""
             p = n * pixels + q
-            there = p < total
+            # By the sign: from a comparison of pixels TVM would take a size of `near` that varies.
+            there = tirx.bitwise_and(p - total, tirx.const(-(1 << 31), "int32")) != 0
             if int(width) != self.per_group:
-                there = tirx.all(there, o < self.per_group)
+                # As a product: from a condition on a channel TVM would take a size of `near` that varies.
+                there = there.astype("int32") * (o < self.per_group).astype("int32") > 0
                 o = te.min(o, self.per_group - 1)
             return [te.min(p, total - 1).astype("int64"), g * self.per_group + o], there
 
