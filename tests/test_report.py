@@ -330,7 +330,7 @@ def test_broken_line_is_reported_and_the_rest_used(make):
 
 
 def test_older_rows_are_shown_and_named(make, tmp_path):
-    data = json.loads((ROOT / "docs/measurements/llvm-znver5.jsonl").read_text().splitlines()[0])
+    data = json.loads((ROOT / "tests/row_of_schema_1.json").read_text())
     assert data["schema"] == 1
     page, _, notes = make(all_providers(), tail=json.dumps(data) + "\n")
     assert any(re.search(r"line 8: of schema 1, without samples", note) for note in notes)

@@ -26,7 +26,7 @@ def split_of(spec: DeformConv2dGradSpec, tiles: int, max_tile_units: int) -> tup
     tiles : int
         Of output pixels, of all images; at least 1.
     max_tile_units : int
-        How many the schedule wants to a part; there are more where the parts would take too much memory.
+        How many the schedule wants to a part, at most; there are more where the parts would take too much memory.
 
     Returns
     -------
@@ -38,6 +38,7 @@ def split_of(spec: DeformConv2dGradSpec, tiles: int, max_tile_units: int) -> tup
         item = {"float32": 4, "float64": 8}[spec.accumulator_dtype]
         most = max(_MOST_PARTS // (prod(spec.weight_shape) * item), 1)
         units = max(units, -(-tiles // most))
+    units = -(-tiles // -(-tiles // units))  # all parts alike, or nearly so
     return -(-tiles // units), units
 
 

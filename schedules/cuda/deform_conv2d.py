@@ -33,6 +33,7 @@ from math import gcd
 from typing import Any
 
 from tvmdcn.schedules.cuda import threads
+from tvmdcn.schedules.cuda.plan import plan_of_block, plan_of_threads
 from tvmdcn.schedules.cuda.planes import from_planes
 from tvmdcn.schedules.cuda.splits import TAP_STEPS, divided
 from tvmdcn.schedules.cuda.threads import BARRIER, GRID, LANES, PIPELINE, Team
@@ -40,7 +41,6 @@ from tvmdcn.space import PLANES, SPLITS, VARIANT, Choices, design_space
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.te.device_sampling import PIXELS
 from tvmdcn.te.products import padded, product_of, several_steps
-from tvmdcn.te.sampling import plan_blocks
 from tvmdcn.te.tiles import ITEM_BYTES
 
 FUNCTION = DeformConv2dSpec.operator
@@ -290,53 +290,10 @@ def _operands(
 
 def _plan(sch: Any, plan: str, team: Team, lane: Any, samples: list[Any]) -> None:
     """Schedule the sampling plan; `samples` are the loops in which ``corner`` and ``columns`` need it."""
-    block, pixels = sch.get_sblock, ("pixel_1", "pixel_0", "pixel", "pixel_n")
-    if plan == "block":
-        # For all taps of a block's pixels: in shared memory, a sample a thread.
-        plans = []
-        for name in ("share", "place"):
-            stage = block(name)
-            sch.set_scope(stage, 0, "shared.dyn")
-            sch.compute_at(stage, lane)
-            *loops, corners = sch.get_loops(stage)[4:]
-            plans.append(sch.fuse(*loops))
-            sch.unroll(corners)
-        merged = sch.merge(*reversed(plans))
-        # In shared memory, where there is one sample a thread, the pixels' room would be given to the plan too early.
-        for name in (*plan_blocks(2), *pixels):
-            sch.set_scope(block(name), 0, "local")
-            sch.compute_at(block(name), merged)
-        team.share([merged])
-        return
-    _plan_of_thread(sch, samples)
-    # All are placed before any is spread over threads: of a guarded loop TVM takes the whole range for what is read.
-    for name in pixels:
-        sch.set_scope(block(name), 0, "shared.dyn")
-        sch.compute_at(block(name), lane)
-    for name in pixels:
-        team.share(sch.get_loops(block(name))[4:])
-        if name != "pixel_n":
-            sch.annotate(block(name), BARRIER, "block")
-
-
-def _plan_of_thread(sch: Any, samples: list[Any]) -> None:
-    """Schedule the plan of each sample where it is needed: places before the corners are read, shares after."""
-    block = sch.get_sblock
-    for name, loop in zip(("place", "share"), samples, strict=True):
-        stage = block(name)
-        sch.set_scope(stage, 0, "local")
-        sch.compute_at(stage, loop)
-        sch.unroll(sch.get_loops(stage)[-1])
-    for name in plan_blocks(2):
-        if name.startswith(("index", "low", "high")):
-            at = sch.get_loops(block("place"))[-2]
-        elif name.startswith(("weight", "fraction")):
-            at = sch.get_loops(block("share"))[-2]
-        else:
-            sch.compute_inline(block(name))
-            continue
-        sch.set_scope(block(name), 0, "local")
-        sch.compute_at(block(name), at)
+    if plan == "block":  # for all taps of a block's pixels
+        team.share([plan_of_block(sch, lane)])
+    else:
+        plan_of_threads(sch, team, lane, samples)
 
 
 def _start(sch: Any, product: Any, step: Any) -> None:

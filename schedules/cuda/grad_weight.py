@@ -28,8 +28,8 @@ from functools import partial
 from math import gcd
 from typing import Any
 
-from tvmdcn.schedules.cuda.grad_plan import plan_samples, stage_of
 from tvmdcn.schedules.cuda.grad_sums import add_parts, sum_bias
+from tvmdcn.schedules.cuda.plan import plan_of_block
 from tvmdcn.schedules.cuda.threads import BARRIER, BOUND, LANES, PIPELINE, Team
 from tvmdcn.space import TILE_UNITS, Choices
 from tvmdcn.spec import DeformConv2dGradSpec
@@ -45,6 +45,7 @@ VECTOR_BYTES = 16
 TILE = 16
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8)
 _WARPS = (1, 2, 4, 8)
+_FIRST = -2  # of the places in a loop
 _UNITS = [1, 2, 4, 8, 16, 32]
 
 
@@ -52,12 +53,17 @@ def schedule_weight(sch: Any, spec: DeformConv2dGradSpec, target: Any, choices: 
     """Schedule the gradients of weight and bias, those that are asked for."""
     units = _pick(choices, "weight_tile_units", _UNITS, 8)
     if spec.grad_weight:
+        sch.compute_inline(_stage_of(sch, "image_first"))
         kind = product_of(spec).kind
         {"mma": _tensor_cores, "simt": _multiply_adds, "gather": _gather}[kind](sch, spec, choices)
         add_parts(sch)
     if spec.grad_bias:
         sum_bias(sch)
     sch.annotate(sch.get_sblock((PREFIX if spec.grad_weight else BIAS_PREFIX) + "total"), TILE_UNITS, units)
+
+
+def _stage_of(sch: Any, name: str) -> Any:
+    return sch.get_sblock(PREFIX + name)
 
 
 def _pick(choices: Choices, name: str, candidates: list[int], wish: int) -> int:
@@ -95,7 +101,7 @@ def _extent(sch: Any, loop: Any) -> int:
 
 def _tensor_cores(sch: Any, spec: DeformConv2dGradSpec, choices: Choices) -> None:
     """Schedule the product on tensor cores: a warp makes tiles of 16 x 16, which it keeps in 8 registers each."""
-    block = partial(stage_of, sch)
+    block = partial(_stage_of, sch)
 
     product = block("product")
     fragments = product_of(spec).fragments
@@ -202,7 +208,7 @@ def _lanes(across: int, down: int) -> list[int]:
 
 def _gather(sch: Any, spec: DeformConv2dGradSpec, choices: Choices) -> None:
     """Schedule grouped layers: a thread samples what it multiplies, for some of a step's pixels."""
-    block = partial(stage_of, sch)
+    block = partial(_stage_of, sch)
 
     in_group, out_group = spec.in_channels // spec.groups, spec.out_channels // spec.groups
     # Vectors of channels: of a group, or, where it has only one, of neighbouring groups.
@@ -284,7 +290,7 @@ def _gather(sch: Any, spec: DeformConv2dGradSpec, choices: Choices) -> None:
         sch.vectorize(groups)
     elif in_group > 1:
         sch.vectorize(sch.split(output, [None, gcd(outputs, VECTOR_BYTES // ITEM_BYTES[spec.dtype])])[1])
-    team.share([plan_samples(sch, unit)])
+    team.share([plan_of_block(sch, unit, PREFIX, _FIRST)])
     init = sch.decompose_reduction(summed, unit)
     for loop in sch.get_loops(init)[3:]:
         sch.unroll(loop)
@@ -345,7 +351,7 @@ def _operands(sch: Any, spec: DeformConv2dGradSpec, team: Team, around: list[Any
 
     `around` are the loops over plans and steps, or over steps that have a plan each.
     """
-    block = partial(stage_of, sch)
+    block = partial(_stage_of, sch)
 
     vector, step, outer = _vector(spec), around[-1], 3 + len(around)
     sch.annotate(step, PIPELINE, int(steps.overlap))
@@ -358,7 +364,7 @@ def _operands(sch: Any, spec: DeformConv2dGradSpec, team: Team, around: list[Any
     for stage in (operand, column, corner):
         sch.set_scope(stage, 0, "local")
         sch.compute_at(stage, step)
-    plan = plan_samples(sch, around[0])
+    plan = plan_of_block(sch, around[0], PREFIX, _FIRST)
     for stage in (rows, columns):
         # Rows begin in different banks of shared memory.
         sch.storage_align(stage, 0, -2, 32, skew)
