@@ -180,6 +180,16 @@ def cache_dir() -> Path:
     return path
 
 
+def _one_of(name: str, words: tuple[str, ...]) -> str:
+    """Return the value of a variable that holds one of some words, the first where it is unset."""
+    value = _text(name)
+    if value is None:
+        return words[0]
+    if value not in words:
+        raise _refusal(name, value)
+    return value
+
+
 def build_mode() -> str:
     """Return TVMDCN_BUILD: auto, never or rebuild.
 
@@ -188,12 +198,7 @@ def build_mode() -> str:
     SettingError
         If it is anything else.
     """
-    value = _text("TVMDCN_BUILD")
-    if value is None:
-        return "auto"
-    if value not in BUILD_MODES:
-        raise _refusal("TVMDCN_BUILD", value)
-    return value
+    return _one_of("TVMDCN_BUILD", BUILD_MODES)
 
 
 def num_threads() -> int | None:
@@ -221,12 +226,7 @@ def thread_pool() -> str:
     SettingError
         If it is anything else.
     """
-    value = _text("TVMDCN_THREAD_POOL")
-    if value is None:
-        return "auto"
-    if value not in THREAD_POOLS:
-        raise _refusal("TVMDCN_THREAD_POOL", value)
-    return value
+    return _one_of("TVMDCN_THREAD_POOL", THREAD_POOLS)
 
 
 def records_dir() -> Path | None:
