@@ -17,13 +17,12 @@ from compiled import build_and_compare_gradients, build_only, error_of, gradient
 from machine_code import JUMP, STACK, STORE, assembly, blocks_of, loops_of, matches, scheduled
 
 import tvmdcn
-from tvmdcn.builder import lanes_of
 from tvmdcn.problems import PROBLEMS, real_layer
 from tvmdcn.reference_grad import expected_gradients
 from tvmdcn.space import TILE_UNITS, UNIT_BYTES, VARIANT, Decisions, space_of
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.target import TargetInfo, resolve_target
-from tvmdcn.te.channel_blocks import ChannelBlocks
+from tvmdcn.te.channel_blocks import ChannelBlocks, form
 from tvmdcn.te.sampling import plan_blocks
 from tvmdcn.te.tiles import GRANULE
 from tvmdcn.tensors import make_gradient_tensors
@@ -398,7 +397,7 @@ def allocated(spec: DeformConv2dGradSpec, variant: str, scale: int) -> dict[str,
 @pytest.mark.parametrize("number", range(3))
 def test_columns_are_never_stored_whole(kind, number):
     spec = gradients(KINDS[kind])
-    blocks = ChannelBlocks(spec, lanes_of(spec, HOST))
+    blocks = ChannelBlocks(spec, *form(spec, HOST))
     variant = variants(spec, HOST)[number]
     once, twice = (allocated(spec, variant, scale) for scale in (1, 2))
     assert once.keys() == twice.keys()

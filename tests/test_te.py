@@ -107,11 +107,10 @@ def test_mask_and_image_are_left_out_of_the_parameters():
     ],
 )
 def test_packed_shape(spec, vector, lanes, shape):
-    from tvmdcn.te import operator_of
+    from tvmdcn.te.deform_conv2d import lanes_for, packed_shape
 
-    operator = operator_of(spec)
-    assert operator.lanes(spec, vector) == lanes
-    assert operator.packed_shape(spec, lanes) == shape
+    assert lanes_for(spec, vector) == lanes
+    assert packed_shape(spec, lanes) == shape
 
 
 @pytest.mark.parametrize("count", range(1, 25))

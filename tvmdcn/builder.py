@@ -34,7 +34,6 @@ __all__ = [
     "compile_schedule",
     "device_module",
     "interface_of",
-    "lanes_of",
     "naive_schedule",
     "new_schedule",
     "write_library",
@@ -51,16 +50,14 @@ _TASK_BYTES = 4 << 20
 """What a thread may take for its tile, whatever a search would like."""
 
 
-def lanes_of(spec: DeformConv2dSpec, target: TargetInfo) -> int:
-    """Return the number of output channels in a block of the packed weight."""
-    item = {"float32": 4, "float64": 8}[spec.accumulator_dtype]
-    return operator_of(spec).lanes(spec, target.vector_bits // 8 // item)
-
-
 def new_schedule(spec: DeformConv2dSpec, target: TargetInfo) -> Any:
     """Return a TVM ``Schedule`` of the operator, nothing scheduled yet; its function is named as the operator."""
     operator = operator_of(spec)
-    func = _device_form(spec).kernel(spec) if target.kind == "cuda" else operator.kernel(spec, lanes_of(spec, target))
+    func = (
+        _device_form(spec).kernel(spec)
+        if target.kind == "cuda"
+        else operator.kernel(spec, *operator.form(spec, target))
+    )
     module = tvm.IRModule({operator.name: func.with_attr("global_symbol", operator.name)})
     return tvm.s_tir.Schedule(module, debug_mask="none")
 
@@ -122,7 +119,7 @@ def interface_of(spec: DeformConv2dSpec, target: TargetInfo, module: Any) -> Ker
     return KernelInterface(
         granule=operator.granule,
         max_tile_units=max(1, min(noted.get(TILE_UNITS, _NAIVE_TILE_UNITS), most)),
-        packed_shape=operator.packed_shape(spec, lanes_of(spec, target)),
+        packed_shape=operator.packed_shape(spec, *operator.form(spec, target)),
         packed_dtype=spec.accumulator_dtype,
         layout=spec.layout,
         entry=operator.name,
@@ -153,7 +150,7 @@ def _compile(spec: DeformConv2dSpec, target: TargetInfo, module: Any) -> tuple[A
         executable, compiled = compile_kernels(spec, target, module)
         return executable, compiled.to_json()
     operator = operator_of(spec)
-    pack = operator.pack(spec, lanes_of(spec, target)).with_attr("global_symbol", PACK)
+    pack = operator.pack(spec, *operator.form(spec, target)).with_attr("global_symbol", PACK)
     functions = {operator.name: module[operator.name], PACK: pack}
     try:
         return tvm.compile(tvm.IRModule(functions), target=target.to_tvm()), None

@@ -37,17 +37,16 @@ from typing import Any
 from tvmdcn.space import TILE_UNITS, UNIT_BYTES, VARIANT, Choices, design_space
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.target import TargetInfo
-from tvmdcn.te.deform_conv2d import lanes_for
+from tvmdcn.te.deform_conv2d import form
 from tvmdcn.te.sampling import plan_blocks
-from tvmdcn.te.tiles import GRANULE, is_depthwise
+from tvmdcn.te.tiles import GRANULE, ITEM_BYTES, is_depthwise, vector_lanes
 
 FUNCTION = DeformConv2dSpec.operator
 TILE_UNIT_CHOICES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48]
-ITEM_BYTES = {"float32": 4, "float64": 8}
 
 
 def _lanes(spec: DeformConv2dSpec, target: TargetInfo) -> int:
-    return lanes_for(spec, target.vector_bits // 8 // ITEM_BYTES[spec.accumulator_dtype])
+    return form(spec, target)[0]
 
 
 def _blocks(spec: DeformConv2dSpec, lanes: int) -> int:
@@ -182,7 +181,7 @@ def _columns(
 
 def _sampling_lanes(spec: DeformConv2dSpec, target: TargetInfo) -> int:
     """Return the channels in a vector of samples: all in one offset group."""
-    return min(target.vector_bits // 8 // ITEM_BYTES[spec.accumulator_dtype], spec.in_channels // spec.offset_groups)
+    return min(vector_lanes(spec, target), spec.in_channels // spec.offset_groups)
 
 
 def _plan(sch: Any, block: Any, spec: DeformConv2dSpec, target: TargetInfo, at: Any, task: Any) -> None:
@@ -199,7 +198,7 @@ def vectorize_pixels(sch: Any, stage: Any, spec: DeformConv2dSpec, target: Targe
     """Split the pixels of a unit, a stage's last loop, into vectors; return both loops."""
     # Vectors that divide a unit: with 24 lanes LLVM builds each broadcast from scalar inserts, and edvr_align takes
     # 12.4 ms, with 8 it takes 11.7 (Zen 5, one thread, 2026-11).
-    lanes = gcd(GRANULE, target.vector_bits // 8 // ITEM_BYTES[spec.accumulator_dtype])
+    lanes = gcd(GRANULE, vector_lanes(spec, target))
     strip, lane = sch.split(sch.get_loops(stage)[-1], [None, lanes])
     sch.vectorize(lane)
     return strip, lane

@@ -29,23 +29,19 @@ from __future__ import annotations
 from math import gcd
 from typing import Any
 
-from tvmdcn.schedules.llvm.deform_conv2d import ITEM_BYTES, TILE_UNIT_CHOICES, default_units, naive, vectorize_pixels
+from tvmdcn.schedules.llvm.deform_conv2d import TILE_UNIT_CHOICES, default_units, naive, vectorize_pixels
 from tvmdcn.space import TILE_UNITS, UNIT_BYTES, VARIANT, Choices, design_space
 from tvmdcn.spec import DeformConv2dGradSpec
 from tvmdcn.target import TargetInfo
-from tvmdcn.te.channel_blocks import ChannelBlocks, lanes_for
+from tvmdcn.te.channel_blocks import ChannelBlocks, form
 from tvmdcn.te.sampling import plan_blocks
-from tvmdcn.te.tiles import GRANULE, is_depthwise
+from tvmdcn.te.tiles import GRANULE, ITEM_BYTES, is_depthwise, vector_lanes
 
 FUNCTION = DeformConv2dGradSpec.operator
 
 
-def _vector_lanes(spec: DeformConv2dGradSpec, target: TargetInfo) -> int:
-    return target.vector_bits // 8 // ITEM_BYTES[spec.accumulator_dtype]
-
-
 def _blocks(spec: DeformConv2dGradSpec, target: TargetInfo) -> ChannelBlocks:
-    return ChannelBlocks(spec, lanes_for(spec, _vector_lanes(spec, target)))
+    return ChannelBlocks(spec, *form(spec, target))
 
 
 def _needs_columns(spec: DeformConv2dGradSpec) -> bool:
@@ -139,13 +135,13 @@ def _bias(sch: Any, block: Any, spec: DeformConv2dGradSpec, target: TargetInfo) 
     part = block("bias_part")
     if spec.layout == "NCHW":
         channel, i, n, q = sch.get_loops(part)
-        strip, lane = sch.split(i, [None, gcd(GRANULE, _vector_lanes(spec, target))])
+        strip, lane = sch.split(i, [None, gcd(GRANULE, vector_lanes(spec, target))])
         sch.reorder(channel, n, q, strip, lane)
         sch.unroll(strip)
         sch.reverse_compute_at(block("bias_sum"), channel)
     else:
         channel, n, q = sch.get_loops(part)
-        channel, lane = sch.split(channel, [None, gcd(spec.out_channels, _vector_lanes(spec, target))])
+        channel, lane = sch.split(channel, [None, gcd(spec.out_channels, vector_lanes(spec, target))])
         sch.reorder(channel, n, q, lane)
     sch.vectorize(lane)
     sch.parallel(channel)
@@ -247,7 +243,7 @@ def _tile(sch: Any, stage: Any, spec: DeformConv2dGradSpec, target: TargetInfo, 
         sch.compute_at(stage, at, preserve_unit_loops=True)
     *_, task, unit, _, last = sch.get_loops(stage)
     extent = GRANULE if spec.layout == "NCHW" else spec.out_channels
-    _, lane = sch.split(last, [None, gcd(extent, _vector_lanes(spec, target))])
+    _, lane = sch.split(last, [None, gcd(extent, vector_lanes(spec, target))])
     sch.vectorize(lane)
     if at is None:
         sch.parallel(sch.fuse(task, unit))

@@ -63,13 +63,13 @@ class Operator:
     spec : type
         Its specification.
     kernel : callable
-        ``kernel(spec, lanes)`` is the unscheduled function.
+        ``kernel(spec, *form)`` is the unscheduled function.
     pack : callable
-        ``pack(spec, lanes)`` is the function that brings the weight into the kernel's order.
+        ``pack(spec, *form)`` is the function that brings the weight into the kernel's order.
     packed_shape : callable
-        ``packed_shape(spec, lanes)`` is the shape of the packed weight.
-    lanes : callable
-        ``lanes(spec, vector_lanes)`` is the number of output channels in a vector.
+        ``packed_shape(spec, *form)`` is the shape of the packed weight.
+    form : callable
+        ``form(spec, target)`` is how channels lie in vectors: what the three above take behind the specification.
     tensors : callable
         ``tensors(spec, extents)``: made-up arguments of a call, by name, to tune and test with.
     expected : callable
@@ -77,7 +77,7 @@ class Operator:
     granule : int
         Output pixels in a unit of work.
     device : DeviceForm or None
-        The form for GPUs; the fields above, from `kernel` to `lanes` and `granule`, are of the form for CPUs.
+        The form for GPUs; the fields above, from `kernel` to `form` and `granule`, are of the form for CPUs.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Operator:
     kernel: Callable[..., Any]
     pack: Callable[..., Any]
     packed_shape: Callable[..., tuple[int, ...]]
-    lanes: Callable[..., int]
+    form: Callable[..., tuple[int, ...]]
     tensors: Callable[..., dict[str, np.ndarray]]
     expected: Callable[..., dict[str, np.ndarray]]
     granule: int
@@ -101,7 +101,7 @@ OPERATORS = {
             kernel=deform_conv2d.deform_conv2d,
             pack=deform_conv2d.pack_weight,
             packed_shape=deform_conv2d.packed_shape,
-            lanes=deform_conv2d.lanes_for,
+            form=deform_conv2d.form,
             tensors=make_layer_tensors,
             expected=expected_output,
             granule=deform_conv2d.GRANULE,
@@ -119,7 +119,7 @@ OPERATORS = {
             kernel=deform_conv2d_grad.deform_conv2d_grad,
             pack=deform_conv2d_grad.pack_weight,
             packed_shape=deform_conv2d_grad.packed_shape,
-            lanes=deform_conv2d_grad.lanes_for,
+            form=deform_conv2d_grad.form,
             tensors=make_gradient_tensors,
             expected=expected_gradients,
             granule=deform_conv2d_grad.GRANULE,

@@ -15,10 +15,10 @@ from tvm import te, tirx
 
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.te.nests import block_nest, region, sequence, serial, whole_function
-from tvmdcn.te.tiles import ITEM_BYTES, cast, is_depthwise
+from tvmdcn.te.tiles import ITEM_BYTES, cast, is_depthwise, vector_lanes
 from tvmdcn.te.vectors import bits_dtype, cast_vector, from_bits, lanes_at, strips, to_bits, transpose_into
 
-__all__ = ["ChannelBlocks", "lanes_for", "pack_weight", "packed_shape", "store_weight"]
+__all__ = ["ChannelBlocks", "form", "lanes_for", "pack_weight", "packed_shape", "store_weight"]
 
 Expr = Any
 
@@ -44,6 +44,21 @@ def lanes_for(spec: DeformConv2dSpec, vector_lanes: int) -> int:
     return lanes
 
 
+def form(spec: DeformConv2dSpec, target: Any) -> tuple[int, int]:
+    """Return how channels lie in vectors on a target: the lanes of a vector, and the vectors that a block should have.
+
+    Two feed a register kernel best (r50_c3: 15.1 ms with two, 17.7 with one). With four, what is done once per sample
+    and block counts half (r50_c3: 6.61 ms instead of 6.85, yolact_c3: 9.68 instead of 10.19), unless the weights of a
+    block then exceed the second-level cache (r50_c5: 7.34 ms instead of 6.86), or there are too few blocks to give each
+    core one. (Zen 5, two threads, 2026-11-23.)
+    """
+    lanes = lanes_for(spec, vector_lanes(spec, target))
+    wide = ChannelBlocks(spec, lanes, 4)
+    weights = spec.taps * wide.outputs * wide.pitch * ITEM_BYTES[spec.accumulator_dtype]
+    fits = weights <= (target.l2_bytes or 1 << 20) * 3 // 4
+    return lanes, 4 if target.cores and fits and wide.count >= max(target.cores, 2) else 2
+
+
 @dataclass(frozen=True)
 class ChannelBlocks:
     """How the input's channels are divided.
@@ -53,10 +68,13 @@ class ChannelBlocks:
     spec : DeformConv2dSpec
     lanes : int
         Channels in a vector.
+    wanted : int
+        The vectors that a block should have.
     """
 
     spec: DeformConv2dSpec
     lanes: int
+    wanted: int = 2
 
     @property
     def depthwise(self) -> bool:
@@ -71,10 +89,9 @@ class ChannelBlocks:
 
         def badness(size: int) -> tuple[float, bool, int]:
             # What is not whole vectors wastes the rest of the last. A block feeds one thread, so one alone is only for
-            # what is no more than a vector. Two vectors feed a register kernel best (r50_c3: 15.1 ms with two, 15.0
-            # with four, 17.7 with one; Zen 5, one thread, 2026-11-22).
+            # what is no more than a vector.
             waste = -(-size // lanes) * lanes / size
-            return waste, size == channels and size > lanes, abs(size - 2 * lanes)
+            return waste, size == channels and size > lanes, abs(size - self.wanted * lanes)
 
         return min((size for size in range(1, min(run, 4 * lanes) + 1) if run % size == 0), key=badness)
 
@@ -115,9 +132,9 @@ class ChannelBlocks:
         return block // self.of_group * self.outputs + o
 
 
-def packed_shape(spec: DeformConv2dSpec, lanes: int) -> tuple[int, int, int, int, int]:
+def packed_shape(spec: DeformConv2dSpec, lanes: int, wanted: int = 2) -> tuple[int, int, int, int, int]:
     """Return the shape of the packed weight: (blocks of channels, taps, vectors, Cout/groups, lanes)."""
-    blocks = ChannelBlocks(spec, lanes)
+    blocks = ChannelBlocks(spec, lanes, wanted)
     return (blocks.count, spec.taps, blocks.vectors, blocks.outputs, lanes)
 
 
@@ -127,14 +144,14 @@ def _matrix(spec: DeformConv2dSpec, name: str) -> tirx.Buffer:
     return tirx.decl_buffer((spec.out_channels, row), spec.dtype, name=name, data_alignment=ITEM_BYTES[spec.dtype])
 
 
-def pack_weight(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
+def pack_weight(spec: DeformConv2dSpec, lanes: int, wanted: int = 2) -> tirx.PrimFunc:
     """Return ``pack_weight(weight, packed)`` as TIR.
 
     From ``[Cout, Cin/groups*K]``, the weight as a matrix, to `packed_shape`; channels that fill up a block are zeros.
     """
-    blocks, acc, taps = ChannelBlocks(spec, lanes), spec.accumulator_dtype, spec.taps
+    blocks, acc, taps = ChannelBlocks(spec, lanes, wanted), spec.accumulator_dtype, spec.taps
     weight = _matrix(spec, "weight")
-    packed = tirx.decl_buffer(packed_shape(spec, lanes), acc, name="packed")
+    packed = tirx.decl_buffer(packed_shape(spec, lanes, wanted), acc, name="packed")
 
     def square(c: Expr, o: Expr, b: int, k0: int, v0: int, side: int) -> list[tirx.Stmt]:
         first = (c % blocks.of_group * blocks.width + b * lanes + v0) * taps + k0

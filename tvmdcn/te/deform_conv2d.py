@@ -23,10 +23,10 @@ from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.te.layout import Blocked, Epilogue, store_tile, to_channels_last
 from tvmdcn.te.nests import TOKEN, block_nest, declare_reads, region, sequence, serial, whole_function, with_alignment
 from tvmdcn.te.sampling import interpolate
-from tvmdcn.te.tiles import GRANULE, ITEM_BYTES, SCALARS, Tiles, cast, is_depthwise
+from tvmdcn.te.tiles import GRANULE, ITEM_BYTES, SCALARS, Tiles, cast, is_depthwise, vector_lanes
 from tvmdcn.te.vectors import bits_dtype, broadcast, from_bits, lanes_at, to_bits, transpose_into
 
-__all__ = ["GRANULE", "deform_conv2d", "is_depthwise", "lanes_for", "pack_weight", "packed_shape"]
+__all__ = ["GRANULE", "deform_conv2d", "form", "is_depthwise", "lanes_for", "pack_weight", "packed_shape"]
 
 
 def packed_shape(spec: DeformConv2dSpec, lanes: int) -> tuple[int, int, int, int, int]:
@@ -53,6 +53,11 @@ def lanes_for(spec: DeformConv2dSpec, vector_lanes: int) -> int:
     while lanes < min(vector_lanes, spec.out_channels // spec.groups):
         lanes *= 2
     return lanes
+
+
+def form(spec: DeformConv2dSpec, target: Any) -> tuple[int]:
+    """Return how channels lie in vectors on a target: the output channels of a vector."""
+    return (lanes_for(spec, vector_lanes(spec, target)),)
 
 
 def deform_conv2d(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:

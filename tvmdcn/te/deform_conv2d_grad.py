@@ -31,13 +31,13 @@ from tvm import te, tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
 from tvmdcn.spec import DeformConv2dGradSpec
-from tvmdcn.te.channel_blocks import ChannelBlocks, lanes_for, pack_weight, packed_shape, store_weight
+from tvmdcn.te.channel_blocks import ChannelBlocks, form, pack_weight, packed_shape, store_weight
 from tvmdcn.te.layout import Blocked, copy_blocks, from_channels_last, to_channels_last
 from tvmdcn.te.nests import block_name, block_nest, region, sequence, with_alignment
 from tvmdcn.te.samples import part_buffers, samples_stage, store_places
 from tvmdcn.te.tiles import GRANULE, ITEM_BYTES, SCALARS, Tiles, cast
 
-__all__ = ["GRANULE", "deform_conv2d_grad", "lanes_for", "pack_weight", "packed_shape"]
+__all__ = ["GRANULE", "deform_conv2d_grad", "form", "pack_weight", "packed_shape"]
 
 Expr = Any
 
@@ -45,7 +45,7 @@ _PIXEL_LANES = 8
 """Pixels in a vector of what is stored per pixel: divides a unit."""
 
 
-def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int) -> tirx.PrimFunc:
+def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int, wanted: int = 2) -> tirx.PrimFunc:
     """Return the gradients as TIR, not yet scheduled.
 
     Parameters
@@ -53,6 +53,8 @@ def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int) -> tirx.PrimFunc:
     spec : DeformConv2dGradSpec
     lanes : int
         Channels in a vector.
+    wanted : int
+        The vectors that a block of channels should have.
 
     Returns
     -------
@@ -67,14 +69,14 @@ def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int) -> tirx.PrimFunc:
         * ``tiles * tile_units * GRANULE >= P >= GRANULE`` and ``tasks == N * tiles``.
     """
     acc, dtype, taps = spec.accumulator_dtype, spec.dtype, spec.taps
-    tiles, blocks = Tiles(spec), ChannelBlocks(spec, lanes)
+    tiles, blocks = Tiles(spec), ChannelBlocks(spec, lanes, wanted)
     image_shape = (tiles.batch, _blocked(tiles, blocks).extent)
     shapes = {
         "grad_output": (tiles.plane(spec.out_channels, tiles.pixels), dtype),
         "input": (tiles.plane(spec.in_channels, tiles.size), dtype),
         "offset": (tiles.plane(spec.offset_groups * 2 * taps, tiles.pixels), dtype),
         "mask": (tiles.plane(spec.offset_groups * taps, tiles.pixels), dtype),
-        "weight": (packed_shape(spec, lanes), acc),
+        "weight": (packed_shape(spec, lanes, wanted), acc),
     }
     given = {name: te.placeholder(*shapes[name], name=name) for name in spec.inputs}
     grad_output = given["grad_output"]
@@ -102,7 +104,7 @@ def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int) -> tirx.PrimFunc:
     if spec.grad_weight:
         shape = (blocks.count, *tiles.shape, taps, GRANULE, blocks.vectors, lanes)
         columns = te.placeholder(shape, acc, name="columns")
-        total = te.placeholder(packed_shape(spec, lanes), acc, name="weight_sum")
+        total = te.placeholder(packed_shape(spec, lanes, wanted), acc, name="weight_sum")
         between += [columns, total]
         results.append(_weight_part(tiles, blocks, tile, columns))
     if spec.grad_bias:
@@ -146,7 +148,7 @@ def _grad_columns(tiles: Tiles, blocks: ChannelBlocks, tile: Callable[..., Expr]
 def _weight_part(tiles: Tiles, blocks: ChannelBlocks, tile: Callable[..., Expr], columns: te.Tensor) -> te.Tensor:
     u, i = te.reduce_axis((0, tiles.tile_units), name="u"), te.reduce_axis((0, GRANULE), name="i")
     return te.compute(
-        (tiles.tasks, *packed_shape(tiles.spec, blocks.lanes)),
+        (tiles.tasks, *packed_shape(tiles.spec, blocks.lanes, blocks.wanted)),
         lambda t, c, k, b, o, v: te.sum(
             columns[c, t, u, k, i, b, v] * tile(t, u, blocks.out_channel(c, b, v, o), i), axis=[u, i]
         ),

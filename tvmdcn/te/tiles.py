@@ -18,7 +18,7 @@ from tvm import te, tirx
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.te.sampling import Plan, sampling_plan
 
-__all__ = ["GRANULE", "ITEM_BYTES", "SCALARS", "Tiles", "cast", "is_depthwise"]
+__all__ = ["GRANULE", "ITEM_BYTES", "SCALARS", "Tiles", "cast", "is_depthwise", "vector_lanes"]
 
 Expr = Any
 
@@ -39,6 +39,12 @@ def cast(value: Expr, source: str, target: str) -> Expr:
 def is_depthwise(spec: DeformConv2dSpec) -> bool:
     """Tell whether each output channel reads one input channel."""
     return spec.groups == spec.in_channels == spec.out_channels
+
+
+def vector_lanes(spec: DeformConv2dSpec, target: Any) -> int:
+    """Return the accumulators in a vector register of a target."""
+    lanes: int = target.vector_bits // 8 // ITEM_BYTES[spec.accumulator_dtype]
+    return lanes
 
 
 class Tiles:
