@@ -17,8 +17,13 @@ from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 TOLERANCES = {"float64": 1e-14, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
 PLAN = [
-    *("position_0", "position_1", "low_0", "high_0", "fraction_0", "low_1", "high_1", "fraction_1"),
-    *(f"{what}_{corner}" for what in ("index", "weight") for corner in ("00", "01", "10", "11")),
+    *("position_0", "position_1", "fraction_0", "fraction_1", "index"),
+    *(f"weight_{corner}" for corner in ("00", "01", "10", "11")),
+]
+# Without a frame of zeros around the image, each corner has an index of its own.
+PLAIN_PLAN = [
+    *(name for name in PLAN if name != "index"),
+    *("low_0", "high_0", "low_1", "high_1", "index_00", "index_01", "index_10", "index_11"),
 ]
 ASYMMETRIC = DeformConv2dSpec(6, 2, (3, 2), (2, 1), (1, 0), (2, 1), groups=2, offset_groups=3)
 
@@ -53,13 +58,18 @@ def test_blocks_are_the_contract(layout, mask):
     first = ["channels_last"] if layout == "NCHW" else []
     assert names[: len(first)] == first
     assert names[-3:] == ["columns", "product", "output"]
-    assert sorted(names) == sorted([*first, "pixel_0", "pixel_1", *PLAN, "columns", "product", "output"])
+    framed = layout == "NCHW"
+    plan = PLAN if framed else PLAIN_PLAN
+    assert sorted(names) == sorted([*first, "pixel_0", "pixel_1", *plan, "columns", "product", "output"])
     # Consumers before producers: the order in which a schedule can place them.
-    assert sorted(plan_blocks(2)) == sorted(PLAN)
+    placed = plan_blocks(2, framed=framed)
+    assert sorted(placed) == sorted(plan)
     order = {name: index for index, name in enumerate(names)}
-    assert all(order[f"position_{a}"] < order[f"{side}_{a}"] for a in (0, 1) for side in ("low", "fraction"))
-    assert [name.split("_")[0] for name in plan_blocks(2)[:8]] == ["index"] * 4 + ["weight"] * 4
-    assert plan_blocks(2)[-2:] == ["position_0", "position_1"]
+    sides = ("fraction",) if framed else ("low", "fraction")
+    assert all(order[f"position_{a}"] < order[f"{side}_{a}"] for a in (0, 1) for side in sides)
+    indices = 1 if framed else 4
+    assert [name.split("_")[0] for name in placed[: indices + 4]] == ["index"] * indices + ["weight"] * 4
+    assert placed[-2:] == ["position_0", "position_1"]
 
 
 def test_depthwise_has_the_same_blocks():
@@ -249,22 +259,21 @@ def test_sampling_in_one_two_and_three_dimensions():
     from tvm import te
 
     from tvmdcn.te.nests import with_alignment
-    from tvmdcn.te.sampling import interpolate, sampling_plan
+    from tvmdcn.te.sampling import Frame, interpolate, sampling_plan
 
     shapes, count = ((7,), (4, 6), (3, 5, 4)), 600
 
-    def sampler(extents: tuple[int, ...], with_zero_pixel: bool):
+    def sampler(extents: tuple[int, ...], framed: bool):
         places = [te.placeholder((1, 1, count), "float32", name=f"place_{a}") for a in range(len(extents))]
-        size = math.prod(extents)
-        image = te.placeholder((size + 1,), "float32", name="image")
-        zero = size if with_zero_pixel else None
-        plan = sampling_plan((1, 1, count), lambda a, *i: places[a](*i), extents, 1, "float32", zero_pixel=zero)
+        size = Frame(extents).pixels if framed else math.prod(extents)
+        image = te.placeholder((size,), "float32", name="image")
+        plan = sampling_plan((1, 1, count), lambda a, *i: places[a](*i), extents, 1, "float32", framed=framed)
         read = image.__getitem__
         result = te.compute((count,), lambda i: interpolate(plan, (0, 0, i), read), name="result")
         tensors = [*places, image, result]
         return with_alignment(te.create_prim_func(tensors), {t.op.name: 4 for t in tensors})
 
-    functions = {f"s{len(s)}_{int(z)}": sampler(s, z) for s in shapes for z in (True, False)}
+    functions = {f"s{len(shape)}_{framed}": sampler(shape, framed) for shape in shapes for framed in (True, False)}
     compiled = compile_functions(functions)
     rng = np.random.default_rng(0)
     strange = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30, 2.0**31, -(2.0**31)], np.float32)
@@ -275,11 +284,16 @@ def test_sampling_in_one_two_and_three_dimensions():
             places.append(rng.choice(np.concatenate(some).astype(np.float32), (1, 1, count)))
         pixels = rng.standard_normal(shape).astype(np.float32)
         expected = [sample(pixels, place) for place in zip(*(p.ravel().tolist() for p in places), strict=True)]
-        # What lies behind the image is only ever read as the pixel of zeros.
-        for zero_pixel, behind in ((1, 0.0), (0, np.nan)):
+        frame = Frame(shape)
+        within = np.zeros(frame.pixels, np.float32)
+        steps = (np.arange(size) * stride for size, stride in zip(shape, frame.strides, strict=True))
+        within[frame.first + sum(np.ix_(*steps))] = pixels
+        for framed, flat in ((True, within), (False, pixels.ravel())):
+            # What lies before and behind is never read, whatever it may be worth.
+            memory = np.full(flat.size + 32, np.nan, np.float32)
+            memory[16:-16] = flat
             found = np.empty(count, np.float32)
-            flat = np.append(pixels.ravel(), np.float32(behind))
-            compiled[f"s{len(shape)}_{zero_pixel}"](*places, flat, found)
+            compiled[f"s{len(shape)}_{framed}"](*places, memory[16:-16], found)
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
@@ -375,14 +389,15 @@ def test_blocked_images(dtype):
 
     from tvmdcn.te.layout import Blocked, copy_blocks, from_channels_last, to_channels_last
     from tvmdcn.te.nests import whole_function
+    from tvmdcn.te.sampling import Frame
 
     acc = "float32"
 
     def functions(index: int, blocks: int, width: int, pitch: int, lanes: int) -> dict:
         found = {}
         for name in ("from_planes", "to_planes", "from_pixels", "to_pixels"):
-            n, size = tirx.Var("n", "int32"), tirx.Var("size", "int32")
-            form = Blocked(blocks, width, pitch, size, lanes)
+            n, size, height, columns = (tirx.Var(label, "int32") for label in ("n", "size", "height", "columns"))
+            form = Blocked(blocks, width, pitch, size, Frame((height, columns)), lanes)
             planes = name.endswith("planes")
             shape = (n, blocks * width, size) if planes else (n, size, blocks * width)
             x = tirx.decl_buffer(shape, dtype, name="x")
@@ -395,24 +410,27 @@ def test_blocked_images(dtype):
                 stage = copy_blocks("copy", x, image, form, (dtype, acc), into=True)
             else:
                 stage = copy_blocks("copy", image, x, form, (acc, dtype), into=False)
-            found[f"{name}_{index}"] = whole_function([x, image], stage)
+            found[f"{name}_{index}"] = whole_function([x, image, height, columns], stage)
         return found
 
     compiled = compile_functions({k: f for i, case in enumerate(BLOCKED) for k, f in functions(i, *case).items()})
     rng = np.random.default_rng(0)
-    for (index, (blocks, width, pitch, _)), size in itertools.product(enumerate(BLOCKED), (1, 5, 7, 16, 33, 70)):
-        channels, image_shape = blocks * width, (2, blocks * (size + 1) * pitch)
+    shapes = ((1, 1), (1, 5), (7, 1), (2, 8), (3, 11), (5, 14), (2, 35), (1, 70), (70, 1))
+    for (index, (blocks, width, pitch, _)), (height, columns) in itertools.product(enumerate(BLOCKED), shapes):
+        size, frame = height * columns, Frame((height, columns))
+        channels, image_shape = blocks * width, (2, blocks * frame.pixels * pitch)
         planes = aligned((2, channels, size), dtype)
         planes[...] = rng.standard_normal(planes.shape)
         pixels = aligned((2, size, channels), dtype)
         pixels[...] = planes.swapaxes(1, 2)
-        expected = np.zeros((2, blocks, size + 1, pitch), acc)
-        expected[:, :, :size, :width] = planes.reshape(2, blocks, width, size).swapaxes(2, 3)
+        expected = np.zeros((2, blocks, frame.pixels, pitch), acc)
+        places = frame.first + np.add.outer(np.arange(height) * (columns + 1), np.arange(columns)).ravel()
+        expected[:, :, places, :width] = planes.reshape(2, blocks, width, size).swapaxes(2, 3)
         for name, x in (("planes", planes), ("pixels", pixels)):
             image, back = aligned(image_shape, acc), aligned(x.shape, dtype)
-            compiled[f"from_{name}_{index}"](x, image)
+            compiled[f"from_{name}_{index}"](x, image, height, columns)
             np.testing.assert_array_equal(image.reshape(expected.shape), expected)
-            compiled[f"to_{name}_{index}"](back, image)
+            compiled[f"to_{name}_{index}"](back, image, height, columns)
             np.testing.assert_array_equal(back, x)
 
 

@@ -274,9 +274,10 @@ class CompiledKernel:
     def _check_indices(self, extents: Extents, plan: list[Tensor | int]) -> None:
         """Refuse sizes that each tensor may have, but not what a kernel makes of them: indices are int32."""
         spec, image = self.spec, extents.height * extents.width
+        framed = (extents.height + 2) * (extents.width + 1) + 2  # see Frame in te/sampling.py
         counts = [math.prod(argument.shape) for argument in plan if isinstance(argument, Tensor)]
         channels = self._image_channels
-        counts.append(extents.batch * (image + 1) * channels)  # channels last, with a pixel of zeros
+        counts.append(extents.batch * framed * channels)
         if self.artifact.key.schedule == "naive":
             tasks, _, units = (argument for argument in plan[-3:] if isinstance(argument, int))
             counts.append(tasks * units * self.artifact.kernel.granule * spec.taps * channels)

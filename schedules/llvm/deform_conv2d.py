@@ -186,7 +186,7 @@ def _sampling_lanes(spec: DeformConv2dSpec, target: TargetInfo) -> int:
 
 def _plan(sch: Any, block: Any, spec: DeformConv2dSpec, target: TargetInfo, at: Any, task: Any) -> None:
     """Compute the sampling plan in vectors along the pixels of a unit."""
-    for name in plan_blocks(2):
+    for name in plan_blocks(2, framed=spec.layout == "NCHW"):
         sch.compute_at(block(name), at, preserve_unit_loops=True)
         strip, _ = vectorize_pixels(sch, block(name), spec, target)
         sch.unroll(strip)

@@ -216,7 +216,7 @@ def _in_registers(sch: Any, stage: Any, count: int) -> None:
 def _plan(sch: Any, block: Any, spec: DeformConv2dGradSpec, target: TargetInfo, at: Any, units_parallel: bool) -> None:
     """Place those stages of the sampling plan that are needed: at a loop, or before the tiles."""
     unused = () if spec.grad_input or spec.grad_weight else ("weight",)
-    names = [name for name in plan_blocks(2) if not name.startswith(unused or "-")]
+    names = [name for name in plan_blocks(2, framed=True) if not name.startswith(unused or "-")]
     for name in names:
         if at is not None:
             sch.compute_at(block(name), at, preserve_unit_loops=True)

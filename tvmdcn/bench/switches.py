@@ -25,7 +25,7 @@ __all__ = ["SLOTS", "STAGES", "SwitchedProgram", "switched_program"]
 SLOTS = 64
 """Entries per stage in the table of switches, all alike; a loop's number, modulo this, says which one is read."""
 
-_PLAN = ("pixel_0", "pixel_1", *plan_blocks(2))
+_PLAN = ("pixel_0", "pixel_1", *plan_blocks(2, framed=True), *plan_blocks(2))
 
 # The blocks of each stage, which are named in `te/`. A schedule that divides a block adds to its name.
 STAGES: Mapping[str, Mapping[str, Sequence[str]]] = {

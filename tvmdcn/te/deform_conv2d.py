@@ -96,15 +96,15 @@ def deform_conv2d(spec: DeformConv2dSpec, lanes: int) -> tirx.PrimFunc:
         mask = te.placeholder(tiles.plane(offset_groups * taps, tiles.pixels), spec.dtype, name="mask")
     weight = te.placeholder(packed_shape(spec, lanes), acc, name="weight")
     bias = te.placeholder((spec.out_channels,), acc, name="bias")
-    # The copy of an NCHW image has, for each offset group, a pixel of zeros from which corners outside are read.
-    image = x if not nchw else te.placeholder((batch, (size + 1) * channels), spec.dtype, name="image")
+    # The copy of an NCHW image has, for each offset group, a frame of zeros from which corners outside are read.
+    image = x if not nchw else te.placeholder((batch, tiles.frame.pixels * channels), spec.dtype, name="image")
 
     pitch = per_offset_group if nchw else channels
-    plan = tiles.sampling(tiles.coordinates(), offset, mask, pitch, size if nchw else None)
+    plan = tiles.sampling(tiles.coordinates(), offset, mask, pitch, framed=nchw)
     tile_shape = (*tiles.shape, GRANULE)
 
     def sample(t: Any, u: Any, i: Any, k: Any, o: Any, c: Any) -> Any:
-        group = o * (size + 1) * per_offset_group if nchw else o * per_offset_group
+        group = o * (tiles.frame.pixels if nchw else 1) * per_offset_group
 
         def read(index: Any) -> Any:
             return cast(image[t // tiles.tiles, index + group + c], spec.dtype, acc)
@@ -154,7 +154,7 @@ def _with_layout_stages(staged: tirx.PrimFunc, spec: DeformConv2dSpec, lanes: in
     stages = [declare_reads(root.body, "columns", image, [(0, tiles.batch), TOKEN])]
     if nchw:
         width = spec.in_channels // spec.offset_groups
-        form = Blocked(spec.offset_groups, width, width, tiles.size, lanes)
+        form = Blocked(spec.offset_groups, width, width, tiles.size, tiles.frame, lanes)
         stages.insert(0, to_channels_last(params["x"], image, form, spec.dtype))
 
     per_group = spec.out_channels if is_depthwise(spec) else spec.out_channels // spec.groups

@@ -88,7 +88,7 @@ def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int, wanted: int = 2) 
         coordinates = tiles.coordinates()
         border_inside = spec.grad_offset and spec.border == "torchvision"
         mask = given.get("mask")
-        plan = tiles.sampling(coordinates, given["offset"], mask, blocks.pitch, tiles.size, border_inside)
+        plan = tiles.sampling(coordinates, given["offset"], mask, blocks.pitch, True, border_inside)
         results += plan.indices
         if spec.grad_input or spec.grad_weight:
             results += plan.weights
@@ -116,7 +116,7 @@ def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int, wanted: int = 2) 
 
 
 def _blocked(tiles: Tiles, blocks: ChannelBlocks) -> Blocked:
-    return Blocked(blocks.count, blocks.width, blocks.pitch, tiles.size, blocks.lanes)
+    return Blocked(blocks.count, blocks.width, blocks.pitch, tiles.size, tiles.frame, blocks.lanes)
 
 
 def _tile(tiles: Tiles, grad_output: te.Tensor) -> Callable[..., Expr]:
@@ -212,7 +212,7 @@ def _assemble(staged: tirx.PrimFunc, spec: DeformConv2dGradSpec, blocks: Channel
             if nchw
             else copy_blocks("channels_last", source, target, form, (dtype, acc), into=True),
         )
-    if "index_00" in buffers:
+    if "index" in buffers:
         stages.append(samples_stage(spec, tiles, blocks, buffers, parts))
     if spec.grad_weight:
         stages.append(nests["weight_part"])

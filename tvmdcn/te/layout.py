@@ -8,7 +8,7 @@ of pixels could not be fused into the tile (the schedule cannot invert the divis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from tvm import tirx
 from tvm.ir import TensorRegion
 
 from tvmdcn.te.nests import TOKEN, block_nest, region, sequence, serial
+from tvmdcn.te.sampling import Frame
 from tvmdcn.te.vectors import bits_dtype, broadcast, cast_vector, from_bits, lanes_at, strips, to_bits, transpose_into
 
 __all__ = ["Blocked", "Epilogue", "copy_blocks", "from_channels_last", "store_tile", "to_channels_last"]
@@ -32,11 +33,11 @@ _LEAST_SIDE = 8
 
 @dataclass(frozen=True)
 class Blocked:
-    """How a channels-last copy of an image lies in memory: blocks of channels, each with a pixel of zeros behind.
+    """How a channels-last copy of an image lies in memory: blocks of channels, each an image in a frame of zeros.
 
-    Channel ``b*width + c`` of pixel ``p`` is element ``(b*(size + 1) + p)*pitch + c``. Channels that are sampled
-    together so lie together: the two corners of a row of a cell share a cache line (edvr_align, 8 groups of 8 channels:
-    see schedules/llvm/deform_conv2d.py).
+    Channel ``b*width + c`` of pixel ``p``, counted in the frame, is element ``(b*frame.pixels + p)*pitch + c``.
+    Channels that are sampled together so lie together: the two corners of a row of a cell share a cache line
+    (edvr_align, 8 groups of 8 channels: see schedules/llvm/deform_conv2d.py).
 
     Attributes
     ----------
@@ -44,6 +45,8 @@ class Blocked:
         Blocks, channels of a block, and elements between two pixels of one; those beyond `width` are zeros.
     size : expression
         Pixels of an image.
+    frame : Frame
+        Of an image of rows and columns.
     lanes : int
         Elements in a vector.
     """
@@ -52,16 +55,26 @@ class Blocked:
     width: int
     pitch: int
     size: Expr
+    frame: Frame
     lanes: int
 
     @property
     def extent(self) -> Expr:
         """The elements of an image."""
-        return self.blocks * (self.size + 1) * self.pitch
+        return self.blocks * self.frame.pixels * self.pitch
+
+    @property
+    def columns(self) -> Expr:
+        """The pixels of a row of the image."""
+        return self.frame.extents[1]
 
     def element(self, block: Expr, pixel: Expr, channel: Expr) -> Expr:
-        """Return where a channel of a pixel lies."""
-        return (block * (self.size + 1) + pixel) * self.pitch + channel
+        """Return where a channel of a pixel lies that is counted in the frame."""
+        return (block * self.frame.pixels + pixel) * self.pitch + channel
+
+    def framed(self, pixel: Expr) -> Expr:
+        """Return the number in the frame of a pixel of the image."""
+        return self.frame.first + pixel + pixel // self.columns
 
     @property
     def side(self) -> int:
@@ -78,22 +91,40 @@ class Blocked:
         return _STRIP if self.side > 1 else 1
 
 
-def _by_squares(form: Blocked, pb: Expr, square: Callable[[Expr, Expr, Expr], tirx.Stmt]) -> tirx.Stmt:
-    """Return ``square(block, first pixel, first channel)`` for the squares of strip `pb` of all blocks.
+def _places(form: Blocked) -> tirx.Buffer:
+    """Return memory for the numbers in the frame of the pixels of a strip: found once for all channels."""
+    return tirx.decl_buffer((form.strip * form.side,), "int32", name="places")
+
+
+def _by_squares(
+    form: Blocked, pb: Expr, places: tirx.Buffer, square: Callable[[Expr, Expr, Sequence[Expr], Expr], tirx.Stmt]
+) -> tirx.Stmt:
+    """Return ``square(block, first pixel, its pixels' numbers in the frame, first channel)`` for all of strip `pb`.
 
     The last square of a row or column overlaps its neighbour.
     """
     side, width = form.side, form.width
-    g, cb, s = (tirx.Var(name, "int32") for name in ("g", "cb", "s"))
+    g, cb, s, f, r = (tirx.Var(name, "int32") for name in ("g", "cb", "s", "f", "r"))
     c0 = cb * side if width % side == 0 else tirx.min(cb * side, width - side)
-    p0 = tirx.min((pb * form.strip + s) * side, form.size - side)
-    return serial(g, form.blocks, serial(cb, -(-width // side), serial(s, form.strip, square(g, p0, c0))))
+
+    def first(strip: Expr) -> Expr:
+        return tirx.min((pb * form.strip + strip) * side, form.size - side)
+
+    numbers = [tirx.BufferLoad(places, [s * side + j]) for j in range(side)]
+    find = tirx.BufferStore(places, form.framed(first(f) + r), [f * side + r])
+    squares = serial(s, form.strip, square(g, first(s), numbers, c0))
+    return tirx.SeqStmt(
+        [
+            serial(f, form.strip, serial(r, side, find)),
+            serial(g, form.blocks, serial(cb, -(-width // side), squares)),
+        ]
+    )
 
 
-def _by_elements(form: Blocked, element: Callable[[Expr, Expr, Expr], tirx.Stmt]) -> tirx.Stmt:
-    """Return ``element(block, pixel, channel)`` for all of an image."""
+def _by_elements(form: Blocked, element: Callable[[Expr, Expr, Expr, Expr], tirx.Stmt]) -> tirx.Stmt:
+    """Return ``element(block, pixel, its number in the frame, channel)`` for all of an image."""
     g, p, c = (tirx.Var(name, "int32") for name in ("h", "p", "c"))
-    return serial(g, form.blocks, serial(p, form.size, serial(c, form.width, element(g, p, c))))
+    return serial(g, form.blocks, serial(p, form.size, serial(c, form.width, element(g, p, form.framed(p), c))))
 
 
 def _count_strips(form: Blocked) -> Expr:
@@ -101,42 +132,46 @@ def _count_strips(form: Blocked) -> Expr:
 
 
 def _fill_zeros(form: Blocked, image: tirx.Buffer, n: Expr, dtype: str) -> tirx.Stmt:
-    """Return the stores of each block's pixel of zeros, and of the channels that fill up a block."""
-    g = tirx.Var("k", "int32")
+    """Return the stores of each block's frame of zeros, and of the channels that fill up a block."""
+    g, y = tirx.Var("k", "int32"), tirx.Var("y", "int32")
+    frame, (rows, columns) = form.frame, form.frame.extents
 
-    def zeros(first: Expr, pixels: Expr, channel: int) -> tirx.Stmt:
+    def zeros(first: Expr, pixels: Expr, channel: int = 0) -> tirx.Stmt:
         p, c = tirx.Var("q", "int32"), tirx.Var("z", "int32")
         store = tirx.BufferStore(image, tirx.const(0.0, dtype), [n, form.element(g, first + p, channel + c)])
         return serial(p, pixels, serial(c, form.pitch - channel, store))
 
-    if form.pitch == form.width:
-        return serial(g, form.blocks, zeros(form.size, 1, 0))
-    return serial(g, form.blocks, tirx.SeqStmt([zeros(form.size, 1, 0), zeros(0, form.size, form.width)]))
+    stride = frame.strides[0]
+    stores = [zeros(0, frame.first), serial(y, rows, zeros(frame.first + y * stride + columns, 1))]
+    stores.append(zeros(frame.first + rows * stride, frame.pixels - frame.first - rows * stride))
+    if form.pitch > form.width:
+        stores.append(zeros(0, frame.pixels, form.width))
+    return serial(g, form.blocks, sequence(stores))
 
 
 def to_channels_last(x: tirx.Buffer, image: tirx.Buffer, form: Blocked, dtype: str) -> tirx.Stmt:
     """Return the stage ``channels_last`` from an image of planes, ``x[n, channel, pixel]``, in `dtype`."""
     batch, channels, size = x.shape
-    side = form.side
+    side, places = form.side, _places(form)
 
     def body(n: Expr, pb: Expr) -> tirx.Stmt:
-        def square(g: Expr, p0: Expr, c0: Expr) -> tirx.Stmt:
+        def square(g: Expr, p0: Expr, framed: Sequence[Expr], c0: Expr) -> tirx.Stmt:
             loads = [tirx.BufferLoad(x, [n, g * form.width + c0 + r, lanes_at(p0, side)]) for r in range(side)]
             rows = [to_bits(row, dtype, side) for row in loads]
 
             def emit(j: int, column: Expr) -> tirx.Stmt:
                 column = from_bits(column, dtype, str(image.dtype), side)
-                return tirx.BufferStore(image, column, [n, lanes_at(form.element(g, p0 + j, c0), side)])
+                return tirx.BufferStore(image, column, [n, lanes_at(form.element(g, framed[j], c0), side)])
 
-            return tirx.SeqStmt(transpose_into(rows, bits_dtype(dtype), emit, "x"))
+            return sequence(transpose_into(rows, bits_dtype(dtype), emit, "x"))
 
-        def element(g: Expr, p: Expr, c: Expr) -> tirx.Stmt:
+        def element(g: Expr, p: Expr, framed: Expr, c: Expr) -> tirx.Stmt:
             value = cast_vector(tirx.BufferLoad(x, [n, g * form.width + c, p]), dtype, str(image.dtype), 1)
-            return tirx.BufferStore(image, value, [n, form.element(g, p, c)])
+            return tirx.BufferStore(image, value, [n, form.element(g, framed, c)])
 
         return tirx.SeqStmt(
             [
-                tirx.IfThenElse(size >= side, _by_squares(form, pb, square), _by_elements(form, element)),
+                tirx.IfThenElse(size >= side, _by_squares(form, pb, places, square), _by_elements(form, element)),
                 tirx.IfThenElse(pb == 0, _fill_zeros(form, image, n, str(image.dtype)), None),
             ]
         )
@@ -147,28 +182,29 @@ def to_channels_last(x: tirx.Buffer, image: tirx.Buffer, form: Blocked, dtype: s
         lambda n, p: [region(x, n, (0, channels), (0, size))],
         lambda n, p: [region(image, n, TOKEN)],
         body,
+        [places],
     )
 
 
 def from_channels_last(image: tirx.Buffer, x: tirx.Buffer, form: Blocked, acc: str, dtype: str) -> tirx.Stmt:
     """Return the stage ``grad_input`` from a blocked image in `acc` to ``x[n, channel, pixel]`` in `dtype`."""
     batch, channels, size = x.shape
-    side = form.side
+    side, places = form.side, _places(form)
 
     def body(n: Expr, pb: Expr) -> tirx.Stmt:
-        def square(g: Expr, p0: Expr, c0: Expr) -> tirx.Stmt:
+        def square(g: Expr, p0: Expr, framed: Sequence[Expr], c0: Expr) -> tirx.Stmt:
             def emit(j: int, column: Expr) -> tirx.Stmt:
                 value = cast_vector(column, acc, dtype, side)
                 return tirx.BufferStore(x, value, [n, g * form.width + c0 + j, lanes_at(p0, side)])
 
-            rows = [tirx.BufferLoad(image, [n, lanes_at(form.element(g, p0 + r, c0), side)]) for r in range(side)]
-            return tirx.SeqStmt(transpose_into(rows, acc, emit, "y"))
+            rows = [tirx.BufferLoad(image, [n, lanes_at(form.element(g, number, c0), side)]) for number in framed]
+            return sequence(transpose_into(rows, acc, emit, "y"))
 
-        def element(g: Expr, p: Expr, c: Expr) -> tirx.Stmt:
-            value = cast_vector(tirx.BufferLoad(image, [n, form.element(g, p, c)]), acc, dtype, 1)
+        def element(g: Expr, p: Expr, framed: Expr, c: Expr) -> tirx.Stmt:
+            value = cast_vector(tirx.BufferLoad(image, [n, form.element(g, framed, c)]), acc, dtype, 1)
             return tirx.BufferStore(x, value, [n, g * form.width + c, p])
 
-        return tirx.IfThenElse(size >= side, _by_squares(form, pb, square), _by_elements(form, element))
+        return tirx.IfThenElse(size >= side, _by_squares(form, pb, places, square), _by_elements(form, element))
 
     return block_nest(
         "grad_input",
@@ -176,6 +212,7 @@ def from_channels_last(image: tirx.Buffer, x: tirx.Buffer, form: Blocked, acc: s
         lambda n, p: [region(image, n, TOKEN)],
         lambda n, p: [region(x, n, (0, channels), (0, size))],
         body,
+        [places],
     )
 
 
@@ -189,19 +226,16 @@ def copy_blocks(
     batch, channels = source.shape[0], form.blocks * form.width
 
     def body(n: Expr, p: Expr) -> tirx.Stmt:
-        g = tirx.Var("g", "int32")
+        g, framed = tirx.Var("g", "int32"), tirx.Var("framed", "int32")
         moves: list[tirx.Stmt] = []
         for first, side in strips(form.width, form.lanes):
             plain = [n, p, lanes_at(g * form.width + first, side)]
-            blocked = [n, lanes_at(form.element(g, p, first), side)]
+            blocked = [n, lanes_at(form.element(g, framed, first), side)]
             here, there = (plain, blocked) if into else (blocked, plain)
             moves.append(tirx.BufferStore(target, cast_vector(tirx.BufferLoad(source, here), *dtypes, side), there))
-        copy = serial(g, form.blocks, sequence(moves))
-        return (
-            tirx.SeqStmt([copy, tirx.IfThenElse(p == 0, _fill_zeros(form, target, n, dtypes[1]), None)])
-            if into
-            else copy
-        )
+        copy = [tirx.Bind(framed, form.framed(p)), serial(g, form.blocks, sequence(moves))]
+        zeros = [tirx.IfThenElse(p == 0, _fill_zeros(form, target, n, dtypes[1]), None)] if into else []
+        return sequence([*copy, *zeros])
 
     whole = [(0, form.size), (0, channels)]
     return block_nest(

@@ -78,7 +78,7 @@ class _Samples:
     def _pixel(self, c: Expr, t: Expr, u: Expr, k: Expr, i: Expr) -> list[tirx.Stmt]:
         spec, lanes, acc, buffers = self.spec, self.lanes, self.acc, self.buffers
         n, at = t // self.tiles.tiles, [c // self.blocks.of_offset_group, k, t, u, i]
-        base = c * ((self.tiles.size + 1) * self.blocks.pitch)
+        base = c * (self.tiles.frame.pixels * self.blocks.pitch)
         vector = vector_dtype(acc, lanes)
         code: list[tirx.Stmt] = []
 
@@ -87,7 +87,9 @@ class _Samples:
             code.append(tirx.Bind(var, value))
             return var
 
-        index = [bind(f"at_{name}", base + tirx.BufferLoad(buffers[f"index_{name}"], at), "int32") for name in _CORNERS]
+        first = bind("at", (base + tirx.BufferLoad(buffers["index"], at)).astype("int64"), "int64")
+        steps = [self.tiles.frame.step(corner) * self.blocks.pitch for corner in product((0, 1), repeat=2)]
+        index = [bind(f"at_{name}", first + step, "int64") for name, step in zip(_CORNERS, steps, strict=True)]
         share = []
         if spec.grad_input or spec.grad_weight:
             share = [
@@ -174,7 +176,7 @@ class _Samples:
     def reads(self, c: Expr, t: Expr, u: Expr) -> list[Any]:
         """Return the regions read."""
         spec, buffers = self.spec, self.buffers
-        names = [f"index_{name}" for name in _CORNERS]
+        names = ["index"]
         if spec.grad_input or spec.grad_weight:
             names += [f"weight_{name}" for name in _CORNERS]
         if spec.grad_offset:

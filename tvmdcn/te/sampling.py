@@ -20,23 +20,68 @@ from typing import Any
 
 from tvm import te, tirx
 
-__all__ = ["Plan", "derivatives", "interpolate", "on_border", "plan_blocks", "sampling_plan"]
+__all__ = ["Frame", "Plan", "derivatives", "interpolate", "on_border", "plan_blocks", "sampling_plan"]
 
 Expr = Any
 """A TIR expression."""
 
 
-def plan_blocks(ndim: int, prefix: str = "") -> list[str]:
+def plan_blocks(ndim: int, prefix: str = "", framed: bool = False) -> list[str]:
     """Return the names of the plan's blocks, consumers before producers."""
     corners = ["".join(map(str, bits)) for bits in product((0, 1), repeat=ndim)]
     axes = range(ndim)
+    sides = ("fraction",) if framed else ("low", "high", "fraction")
     names = (
-        [f"index_{c}" for c in corners]
+        (["index"] if framed else [f"index_{c}" for c in corners])
         + [f"weight_{c}" for c in corners]
-        + [f"{side}_{axis}" for axis in axes for side in ("low", "high", "fraction")]
+        + [f"{side}_{axis}" for axis in axes for side in sides]
         + [f"position_{axis}" for axis in axes]
     )
     return [prefix + name for name in names]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How an image lies in memory with a frame of zeros, so that corners outside are read as what they are worth.
+
+    Along each axis comes one place before the image, which is the one behind the row before, too. All corners of the
+    sample at `nowhere` are in the frame.
+
+    Attributes
+    ----------
+    extents : sequence of int or tirx.Var
+        Size of the image on each spatial axis.
+    """
+
+    extents: Sequence[Expr]
+
+    @property
+    def strides(self) -> list[Expr]:
+        """The pixels between two places of each axis."""
+        strides: list[Expr] = [1]
+        for extent in reversed(self.extents[1:]):
+            strides.insert(0, strides[0] * (extent + 1))
+        return strides
+
+    @property
+    def first(self) -> Expr:
+        """The number of the image's first pixel."""
+        return sum(self.strides, 1)
+
+    @property
+    def pixels(self) -> Expr:
+        """The pixels in all."""
+        # In this form TVM sees that they are some.
+        return (self.extents[0] + 2) * self.strides[0] + sum(self.strides[1:], 1)
+
+    @property
+    def nowhere(self) -> list[float]:
+        """A place whose corners are all zeros, such as (-1, -2): the first two pixels of the frame's first two rows."""
+        return [-1.0] * (len(self.extents) - 1) + [-2.0]
+
+    def step(self, corner: Sequence[int]) -> Expr:
+        """Return the pixels from the first corner of a sample to another."""
+        return sum(stride for stride, bit in zip(self.strides, corner, strict=True) if bit)
 
 
 @dataclass(frozen=True)
@@ -46,7 +91,8 @@ class Plan:
     Attributes
     ----------
     indices : tuple of te.Tensor, int32
-        One per corner: where the corner's channels begin in the flat image.
+        One per corner: where the corner's channels begin in the flat image; negative outside. In a frame, of the first
+        corner alone.
     weights : tuple of te.Tensor
         One per corner: the interpolation weight times the modulation mask.
     fractions : tuple of te.Tensor
@@ -54,15 +100,27 @@ class Plan:
         where the sample lies at exactly -1, so that its sign tells; see `on_border`.
     dtype : str
         Type of the weights.
-    zero_pixel : bool
-        Whether corners outside are redirected to a pixel of zeros. Otherwise their index is negative.
+    frame : Frame or None
+        The frame of zeros that the image lies in.
+    pitch : int
+        Elements between two pixels of the image.
     """
 
     indices: tuple[te.Tensor, ...]
     weights: tuple[te.Tensor, ...]
     fractions: tuple[te.Tensor, ...]
     dtype: str
-    zero_pixel: bool
+    frame: Frame | None
+    pitch: int
+
+    def corners(self, at: Sequence[Expr]) -> list[Expr]:
+        """Return where the channels of each corner of a sample begin, in int64 if the image has a frame."""
+        if self.frame is None:
+            return [index(*at) for index in self.indices]
+        # In 64 bits, which addresses have, the compiler need not extend the sum for each corner anew.
+        first = self.indices[0](*at).astype("int64")
+        corners = product((0, 1), repeat=len(self.frame.extents))
+        return [first + self.frame.step(corner) * self.pitch for corner in corners]
 
 
 def sampling_plan(
@@ -72,7 +130,7 @@ def sampling_plan(
     pitch: int,
     dtype: str,
     modulation: Callable[..., Expr] | None = None,
-    zero_pixel: Expr | None = None,
+    framed: bool = False,
     border_inside: bool = False,
     prefix: str = "",
 ) -> Plan:
@@ -92,8 +150,8 @@ def sampling_plan(
         Type of coordinates and weights.
     modulation : callable, optional
         ``modulation(*index)``, the mask of DCNv2 in `dtype`. Absent: ones (DCNv1).
-    zero_pixel : expression, optional
-        Number of a pixel that holds zeros, where the image has one.
+    framed : bool
+        Whether the image lies in a frame of zeros (`Frame`).
     border_inside : bool
         Whether a sample at exactly -1 has its high corner inside. Its value is 0 either way, which is for the caller to
         see to (`on_border`), but its derivative then is the one-sided one (torchvision) instead of 0 (mmcv).
@@ -113,23 +171,41 @@ def sampling_plan(
     def stage(name: str, value: Callable[..., Expr]) -> te.Tensor:
         return te.compute(shape, value, name=prefix + name)
 
-    def within(axis: int) -> Callable[..., Expr]:
-        # A place worth 0 becomes `extent`, whose low and high corners are both outside. A NaN fails the comparison, and
-        # the conversion to an integer below sees nothing but [-1, extent].
-        far = extents[axis].astype(dtype) if hasattr(extents[axis], "astype") else tirx.const(extents[axis], dtype)
+    frame = Frame(extents) if framed else None
+    border = tirx.const(-1.0, dtype)
 
-        def clamped(*i: Expr) -> Expr:
-            p = position(axis, *i)
-            border = tirx.const(-1.0, dtype)
-            return tirx.Select(tirx.all(p >= border if border_inside else p > border, p < far), p, far)
+    def clamped(axis: int) -> Callable[..., Expr]:
+        # A sample worth 0 is moved to where all corners are outside: to `extent` on the axis; in a frame, to the same
+        # place for all. A NaN fails the comparison, and the conversion to an integer below sees nothing but [-2,
+        # extent].
+        elsewhere = as_float(extents[axis]) if frame is None else tirx.const(frame.nowhere[axis], dtype)
 
-        return clamped
+        def value(*i: Expr) -> Expr:
+            places = [position(a, *i) for a in (axes if framed else [axis])]
+            inside = []
+            for p, extent in zip(places, extents if framed else [extents[axis]], strict=True):
+                inside += [p >= border if border_inside else p > border, p < as_float(extent)]
+            return tirx.Select(tirx.all(*inside), places[axis if framed else 0], elsewhere)
 
-    positions = [stage(f"position_{axis}", within(axis)) for axis in axes]
+        return value
+
+    def as_float(extent: Expr) -> Expr:
+        return extent.astype(dtype) if hasattr(extent, "astype") else tirx.const(extent, dtype)
+
+    positions = [stage(f"position_{axis}", clamped(axis)) for axis in axes]
     # Row-major: the index on an axis counts pixels of all faster axes.
     strides: list[Expr] = [1] * len(extents)
     for axis in reversed(axes[:-1]):
         strides[axis] = strides[axis + 1] * extents[axis + 1]
+
+    def first_corner(frame: Frame) -> Callable[..., Expr]:
+        def index(*i: Expr) -> Expr:
+            flat = frame.first
+            for axis, stride in zip(axes, frame.strides, strict=True):
+                flat = flat + te.floor(positions[axis](*i)).astype("int32") * stride
+            return flat * pitch
+
+        return index
 
     def side(axis: int, bit: int) -> Callable[..., Expr]:
         def index(*i: Expr) -> Expr:
@@ -138,7 +214,10 @@ def sampling_plan(
 
         return index
 
-    sides = [[stage(f"{name}_{axis}", side(axis, bit)) for bit, name in enumerate(("low", "high"))] for axis in axes]
+    sides = []
+    if frame is None:
+        names = ("low", "high")
+        sides = [[stage(f"{names[bit]}_{axis}", side(axis, bit)) for bit in (0, 1)] for axis in axes]
 
     def fraction(axis: int) -> Callable[..., Expr]:
         def value(*i: Expr) -> Expr:
@@ -157,8 +236,7 @@ def sampling_plan(
             flat = sides[0][bits[0]](*i)
             for axis in axes[1:]:
                 flat = flat + sides[axis][bits[axis]](*i)
-            missing = tirx.const(-1, "int32") if zero_pixel is None else zero_pixel
-            return tirx.Select(flat >= 0, flat, missing) * pitch
+            return tirx.Select(flat >= 0, flat, tirx.const(-1, "int32")) * pitch
 
         return index
 
@@ -173,13 +251,12 @@ def sampling_plan(
         return weight
 
     corners = [("".join(map(str, bits)), bits) for bits in product((0, 1), repeat=len(extents))]
-    return Plan(
-        tuple(stage(f"index_{name}", corner_index(bits)) for name, bits in corners),
-        tuple(stage(f"weight_{name}", corner_weight(bits)) for name, bits in corners),
-        tuple(fractions),
-        dtype,
-        zero_pixel is not None,
-    )
+    if frame is None:
+        indices = [stage(f"index_{name}", corner_index(bits)) for name, bits in corners]
+    else:
+        indices = [stage("index", first_corner(frame))]
+    weights = [stage(f"weight_{name}", corner_weight(bits)) for name, bits in corners]
+    return Plan(tuple(indices), tuple(weights), tuple(fractions), dtype, frame, pitch)
 
 
 def interpolate(plan: Plan, at: Sequence[Expr], read: Callable[[Expr], Expr]) -> Expr:
@@ -194,12 +271,11 @@ def interpolate(plan: Plan, at: Sequence[Expr], read: Callable[[Expr], Expr]) ->
         ``read(index)`` is the image's element there, in the plan's dtype.
     """
     total: Expr | None = None
-    for index, weight in zip(plan.indices, plan.weights, strict=True):
-        i = index(*at)
+    for i, weight in zip(plan.corners(at), plan.weights, strict=True):
         # A corner outside must be worth 0 whatever the image holds: 0 * inf would be NaN. So it is either read from a
-        # pixel of zeros (two instructions a corner) or masked (nine, but no copy of the image is needed).
+        # frame of zeros, where one index does for all corners, or masked, for which no copy of the image is needed.
         outside = tirx.const(0.0, plan.dtype)
-        value = read(i) if plan.zero_pixel else tirx.Select(i >= 0, read(te.max(i, 0)), outside)
+        value = tirx.Select(i >= 0, read(te.max(i, 0)), outside) if plan.frame is None else read(i)
         term = weight(*at) * value
         total = term if total is None else total + term
     return total

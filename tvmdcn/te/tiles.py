@@ -16,7 +16,7 @@ from typing import Any
 from tvm import te, tirx
 
 from tvmdcn.spec import DeformConv2dSpec
-from tvmdcn.te.sampling import Plan, sampling_plan
+from tvmdcn.te.sampling import Frame, Plan, sampling_plan
 
 __all__ = ["GRANULE", "ITEM_BYTES", "SCALARS", "Tiles", "cast", "is_depthwise", "vector_lanes"]
 
@@ -66,6 +66,11 @@ class Tiles:
         self.height, self.width, self.out_width, self.tasks, self.tiles, self.tile_units = self.scalars
         self.shape = (self.tasks, self.tile_units)
 
+    @property
+    def frame(self) -> Frame:
+        """How the kernel's own copy of an image lies in memory."""
+        return Frame((self.height, self.width))
+
     def plane(self, channels: int, extent: Expr) -> tuple[Expr, ...]:
         """Return the shape of a tensor of images of `extent` pixels."""
         return (self.batch, channels, extent) if self.nchw else (self.batch, extent, channels)
@@ -101,7 +106,7 @@ class Tiles:
         offset: te.Tensor,
         mask: te.Tensor | None,
         pitch: int,
-        zero_pixel: Expr | None,
+        framed: bool,
         border_inside: bool = False,
     ) -> Plan:
         """Return the sampling plan over ``(offset group, tap, task, unit, pixel)``; see `sampling.sampling_plan`."""
@@ -123,6 +128,6 @@ class Tiles:
             pitch,
             acc,
             modulation=None if mask is None else modulation,
-            zero_pixel=zero_pixel,
+            framed=framed,
             border_inside=border_inside,
         )
