@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -220,6 +221,28 @@ def test_blocks_of_channels(spec, vector_lanes):
         group = channel // in_group
         assert [int(o) for o in outputs] == list(range(group * out_group, (group + 1) * out_group))
         assert depthwise or group == block // blocks.of_group
+
+
+@pytest.mark.parametrize(
+    ("channels", "cores", "l2_bytes", "vectors"),
+    [
+        ((128, 128), 2, 1 << 20, 4),
+        ((128, 128), 8, 1 << 20, 2),  # two blocks would leave six cores idle
+        ((128, 128), 0, 1 << 20, 2),  # a pack's processors: how many cores they have is not known
+        ((128, 128), 2, 1 << 18, 2),  # 288 KiB of weights
+        ((64, 64), 1, 1 << 20, 2),  # a block alone
+        ((512, 512), 2, 1 << 20, 2),
+        ((512, 512), 2, 1 << 21, 4),
+        ((48, 128), 1, 1 << 20, 1),  # 16 and 48 are what divides it into whole vectors and leaves more than one block
+    ],
+)
+def test_blocks_are_wide_where_there_are_enough(channels, cores, l2_bytes, vectors):
+    from tvmdcn.target import resolve_target
+    from tvmdcn.te.channel_blocks import ChannelBlocks, form
+
+    target = dataclasses.replace(resolve_target("llvm-znver5"), cores=cores, l2_bytes=l2_bytes)
+    spec = DeformConv2dGradSpec.of(DeformConv2dSpec(*channels, padding=1))
+    assert ChannelBlocks(spec, *form(spec, target)).vectors == vectors
 
 
 # --- numbers of the parts -----------------------------------------------------------------------------------
