@@ -20,7 +20,8 @@ Structural variants, named ``<reduction>-<vectors>-<plan>``:
 Read in assembly (AVX-512, r50_c3): two steps of the product's inner loop are 48 fused multiply-adds, 24 broadcasts and
 4 aligned loads, 80 instructions in all, nothing spilled; a sample takes a load of its index, 4 broadcasts of its
 weights and, per vector of channels, 4 multiply-adds from memory and a store. Where the time goes (share of samples of
-perf record, tuned schedules, Zen 5 server, one thread, 2026-11-22; since then the plan of edvr_align takes half as long):
+perf record, tuned schedules, Zen 5 server, one thread, 2026-11-22, when corners still had four indices, which made
+edvr_align 8 % slower):
 
     layer       product  sampling  plan  image's layout  output's layout
     r50_c3        82 %      9 %    1 %        3 %             3 %
