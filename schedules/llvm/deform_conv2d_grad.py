@@ -18,7 +18,7 @@ Structural variants, named ``<order>-<vectors>``:
 Read in assembly (AVX-512, r50_c3): the column gradients' inner loop is that of the forward (48 fused multiply-adds, 24
 broadcasts, 4 aligned loads for two steps), the weight's has 32, 16 and 4. A tap of a pixel and four vectors of channels
 take 131 instructions, among them 16 loads of corners, and 16 loads and stores of what is added to them. Where the time
-goes (share of samples of perf record, own-2, Zen 5 server, one thread, 2026-11-22):
+goes (share of samples of perf record, own-2, blocks of two vectors, Zen 5 server, one thread, 2026-11-22):
 
     layer    column gradients  samples  weight part  plan  layouts, zeros, the output's gradient
     r50_c3        34 %           17 %       34 %       4 %    11 %
