@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,43 @@ def test_source_is_compiled_and_measured(arch):
         assert second.instructions["BAR"] == 1
         assert first.instructions["STL"] > 0
         assert "STS.128" in data["sass"]
+
+
+def _spilling(blocks_wanted, registers):
+    """Return a compiler whose kernel spills while it aims at more blocks than it should."""
+
+    def compile_(source, arch, timeout):
+        found = re.search(r"__launch_bounds__\(128(?:, (\d+))?\) hungry\(", source)
+        blocks = int(found[1]) if found[1] else 7
+        spills = 12 * (blocks > blocks_wanted)
+        hungry = KernelResources("hungry", registers or 65536 // (128 * blocks), spills, spills, spills, 0, 0)
+        return b"", [hungry, KernelResources("content", 32, 0, 0, 0, 0, 0)], "nvcc 13.0"
+
+    return compile_
+
+
+BOUNDS = """extern "C" __global__ void __launch_bounds__(128) hungry(float* x);
+extern "C" __global__ void __launch_bounds__(256) content(float* x);
+extern "C" __global__ void __launch_bounds__(128) hungry(float* x) {}
+extern "C" __global__ void __launch_bounds__(256) content(float* x) {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("blocks", "registers", "bounds"),
+    [
+        (7, None, "128"),  # nothing to do
+        (6, None, "128, 6"),
+        (5, None, "128, 5"),
+        (1, None, "128, 4"),  # after three attempts
+        (1, 255, "128"),  # no more can be had
+    ],
+)
+def test_a_kernel_that_spills_is_compiled_for_fewer_blocks(monkeypatch, blocks, registers, bounds):
+    monkeypatch.setattr(cuda_compiler, "_compile", _spilling(blocks, registers))
+    compiled = compile_source(BOUNDS, "sm_90", sass=False)
+    assert compiled.source == BOUNDS.replace("__launch_bounds__(128)", f"__launch_bounds__({bounds})")
+    assert {kernel.name: kernel.spill_stores for kernel in compiled.kernels}["hungry"] == 12 * (blocks == 1)
 
 
 @needs_nvcc

@@ -13,7 +13,7 @@ import logging
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from tvmdcn import nvrtc
 from tvmdcn.cuda_libraries import find_tool
 from tvmdcn.errors import BuildError
+from tvmdcn.gpus import MAX_REGISTERS
 
 __all__ = ["INSTRUCTIONS", "TIMEOUT", "CompiledSource", "KernelResources", "compile_source", "disassemble"]
 
@@ -28,6 +29,11 @@ _log = logging.getLogger(__name__)
 
 TIMEOUT = 300.0
 """Seconds for one source. A kernel takes two to ten; one whose loops are unrolled too far can take for ever."""
+
+_RELAXATIONS = 3
+"""How often a source whose kernels spill is compiled again, for fewer blocks at once."""
+
+_REGISTERS = 65536  # of a multiprocessor, in all compute capabilities that we know
 
 _MOST_SASS = 1 << 20
 """Characters; an artifact's manifest holds the assembly and must stay readable."""
@@ -110,7 +116,7 @@ class CompiledSource:
     Parameters
     ----------
     source : str
-        CUDA C.
+        CUDA C, with the launch bounds that it was compiled with.
     binary : bytes
         Machine code (a cubin).
     kernels : tuple of KernelResources
@@ -141,6 +147,8 @@ class CompiledSource:
 def compile_source(source: str, arch: str, *, timeout: float = TIMEOUT, sass: bool = True) -> CompiledSource:
     """Compile CUDA C for one compute capability.
 
+    A kernel that spills registers only because the compiler wants more blocks at once is compiled for fewer.
+
     Parameters
     ----------
     source : str
@@ -157,19 +165,49 @@ def compile_source(source: str, arch: str, *, timeout: float = TIMEOUT, sass: bo
     BuildError
         If there is no compiler, it refuses, or takes too long.
     """
+    binary, kernels, compiler = _compile(source, arch, timeout)
+    for _ in range(_RELAXATIONS):
+        relaxed = _relax(source, kernels)
+        if relaxed == source:
+            break
+        source = relaxed
+        binary, kernels, compiler = _compile(source, arch, timeout)
+    listing = disassemble(binary) if sass else {}
+    order = {name: source.find(f" {name}(") for name in re.findall(r"\b(\w+)\(", source)}
+    kernels = [
+        replace(kernel, instructions=_count(listing[kernel.name]) if kernel.name in listing else {})
+        for kernel in kernels
+    ]
+    kernels.sort(key=lambda kernel: order.get(kernel.name, 0))
+    return CompiledSource(source, binary, tuple(kernels), listing, compiler)
+
+
+def _compile(source: str, arch: str, timeout: float) -> tuple[bytes, list[KernelResources], str]:
+    """Return machine code, what ptxas says of each kernel, and the compiler's name."""
     nvcc = find_tool("nvcc")
     if nvcc is not None:
         binary, log, compiler = _run_nvcc(nvcc, source, arch, timeout)
     else:
         binary, log, compiler = nvrtc.compile_source(source, arch)
-    listing = disassemble(binary) if sass else {}
-    order = {name: source.find(f" {name}(") for name in re.findall(r"\b(\w+)\(", source)}
-    kernels = [
-        replace(kernel, instructions=_count(listing[kernel.name]) if kernel.name in listing else {})
-        for kernel in _read_log(log)
-    ]
-    kernels.sort(key=lambda kernel: order.get(kernel.name, 0))
-    return CompiledSource(source, binary, tuple(kernels), listing, compiler)
+    return binary, _read_log(log), compiler
+
+
+def _relax(source: str, kernels: Iterable[KernelResources]) -> str:
+    """Ask for one block less on a multiprocessor where a kernel spills to make room for it.
+
+    ptxas aims at an occupancy of its own, and now and then spills a few registers to reach it, far below the limit of
+    a thread. A second number in ``__launch_bounds__`` says how many blocks are wanted.
+    """
+    for kernel in kernels:
+        if not kernel.spill_stores + kernel.spill_loads or kernel.registers >= MAX_REGISTERS:
+            continue
+        bounds = re.compile(rf"__launch_bounds__\((\d+)(?:, \d+)?\)(?= {kernel.name}\()")
+        found = bounds.search(source)
+        if found is not None:
+            blocks = _REGISTERS // (int(found[1]) * kernel.registers) - 1
+            if blocks >= 1:
+                source = bounds.sub(rf"__launch_bounds__(\1, {blocks})", source)
+    return source
 
 
 def _run_nvcc(nvcc: Path, source: str, arch: str, timeout: float) -> tuple[bytes, str, str]:

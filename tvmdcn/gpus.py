@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["GPUS", "WARP", "Gpu", "Occupancy", "occupancy"]
+__all__ = ["GPUS", "MAX_REGISTERS", "WARP", "Gpu", "Occupancy", "occupancy"]
 
 WARP = 32
 """Threads of a warp."""
+
+MAX_REGISTERS = 255
+"""Registers that a thread can have."""
 
 _KIB = 1024
 # What the driver takes of shared memory for each block, from compute capability 8.0 on.
 _RESERVED_SHARED = 1024
 _REGISTERS_OF_WARP = 256  # the step in which a warp's registers are given out
 _PARTITIONS = 4  # of a multiprocessor's registers and warps
-_MAX_REGISTERS = 255
 
 
 class Gpu(NamedTuple):
@@ -120,7 +122,7 @@ def occupancy(arch: str, threads: int, registers: int, shared_bytes: int) -> Occ
     warps, all_warps = -(-threads // WARP), gpu.threads // WARP
     limits = {"warps": all_warps // warps, "blocks": gpu.blocks}
     per_warp = _round_up(max(registers, 1) * WARP, _REGISTERS_OF_WARP)
-    fits = registers <= _MAX_REGISTERS and per_warp * _round_up(warps, _PARTITIONS) <= gpu.registers
+    fits = registers <= MAX_REGISTERS and per_warp * _round_up(warps, _PARTITIONS) <= gpu.registers
     per_partition = gpu.registers // _PARTITIONS // per_warp
     limits["registers"] = per_partition * _PARTITIONS // warps if fits else 0
     reserved, step = (_RESERVED_SHARED, 128) if major >= 8 else (0, 256)
