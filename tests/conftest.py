@@ -18,6 +18,12 @@ hypothesis.settings.register_profile("tests", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("tests")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-schedule", action="store_true", help="all dtypes, layouts and GPUs of test_cuda_named_layers.py"
+    )
+
+
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
     """The folder of data too large for the repository: TVMDCN_SHARED, else `../shared` of the checkout."""

@@ -35,7 +35,9 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
 
-def run_on_emulator(problem: Problem, decisions: Decisions | None = None) -> tuple[np.ndarray, np.ndarray, Decisions]:
+def run_on_emulator(
+    problem: Problem, decisions: Decisions | None = None, target: TargetInfo = HOPPER
+) -> tuple[np.ndarray, np.ndarray, Decisions]:
     """Return the output, the expected one in float64, and what was decided."""
     spec, extents = problem.spec, problem.extents
     operator = operator_of(spec)
@@ -43,8 +45,8 @@ def run_on_emulator(problem: Problem, decisions: Decisions | None = None) -> tup
     assert form is not None
     tensors = operator.tensors(spec, extents)
     expected = operator.expected(spec, tensors)["output"]
-    module, made = device_schedule(spec, decisions)
-    interface = interface_of(spec, HOPPER, module)
+    module, made = device_schedule(spec, decisions, target)
+    interface = interface_of(spec, target, module)
     batch, pixels = extents.batch, int(np.prod(spec.output_size(extents.height, extents.width)))
     nchw, size = spec.layout == "NCHW", extents.height * extents.width
 
@@ -72,7 +74,7 @@ def run_on_emulator(problem: Problem, decisions: Decisions | None = None) -> tup
     arguments += [spec.output_size(extents.height, extents.width)[1], total, -(-total // form.granule)]
 
     with tvm.transform.PassContext(instruments=[OwnBarriers()]):
-        program = compile_for_emulation(module, HOPPER.to_tvm())
+        program = compile_for_emulation(module, target.to_tvm())
     for name, values in (("pack_weight", [weight, packed]), (operator.name, arguments)):
         run_emulated(program, None, [_bits(v) if isinstance(v, np.ndarray) else v for v in values], name)
     return out.reshape(expected.shape), expected, made
@@ -85,6 +87,7 @@ class Gradients:
     ----------
     spec : DeformConv2dGradSpec
     decisions : Decisions, optional
+    target : TargetInfo
 
     Attributes
     ----------
@@ -92,20 +95,19 @@ class Gradients:
         What was decided.
     """
 
-    def __init__(self, spec: Any, decisions: Decisions | None = None) -> None:
-        self.spec, self.form = spec, operator_of(spec).device
-        self.module, self.made = device_schedule(spec, decisions)
-        self.units = interface_of(spec, HOPPER, self.module).max_tile_units
+    def __init__(self, spec: Any, decisions: Decisions | None = None, target: TargetInfo = HOPPER) -> None:
+        self.spec, self.form, self.target = spec, operator_of(spec).device, target.to_tvm()
+        self.module, self.made = device_schedule(spec, decisions, target)
+        self.units = interface_of(spec, target, self.module).max_tile_units
         self._compiled: dict[str, Any] = {}
 
     def _run(self, name: str, arguments: list[Any]) -> None:
-        target = HOPPER.to_tvm()
         plain = [_bits(v) if isinstance(v, np.ndarray) else v for v in arguments]
-        with tvm.transform.PassContext(instruments=[OwnBarriers()]), target:
+        with tvm.transform.PassContext(instruments=[OwnBarriers()]), self.target:
             if name in self._compiled:
                 run_emulated(self._compiled[name], None, plain)
             else:
-                self._compiled[name] = run_emulated(tvm.IRModule({name: self.module[name]}), target, plain)
+                self._compiled[name] = run_emulated(tvm.IRModule({name: self.module[name]}), self.target, plain)
 
     def __call__(self, tensors: dict[str, np.ndarray], extents: Any, units: int | None = None) -> dict[str, np.ndarray]:
         """Return the gradients by name, in the shapes that the tensors have; `units`: tiles of a sum over pixels."""

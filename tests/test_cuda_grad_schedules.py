@@ -200,40 +200,6 @@ def test_default_schedule_of_named_layers_applies(name):
     assert made.values["taps"] == 1
 
 
-# The machine code of every other named layer is looked at once; dtypes, layouts and architectures take turns.
-TURNS = [("float16", "NHWC", "sm_90"), ("tf32", "NCHW", "sm_80"), ("bfloat16", "NHWC", "sm_80")]
-
-
-@needs_nvcc
-@pytest.mark.parametrize(("name", "turn"), [(name, TURNS[i % 3]) for i, name in enumerate(list(PROBLEMS)[::2])])
-def test_machine_code(name, turn):
-    dtype, layout, arch = turn
-    changes = {"dtype": "float32", "tf32": True} if dtype == "tf32" else {"dtype": dtype}
-    whole = DeformConv2dGradSpec.of(replace(PROBLEMS[name].spec, layout=layout, **changes))
-    spec = replace(whole, grad_weight=False, grad_bias=False, deterministic=name == "r50_c5")
-    target = resolve_target(f"cuda-{arch}")
-    sch = new_schedule(spec, target)
-    space_of(OPERATOR, "cuda").schedule(sch, spec, target)
-    _, compiled = compile_kernels(spec, target, sch.mod)
-    for kernel in compiled.kernels:
-        assert kernel.spill_loads == kernel.spill_stores == kernel.stack_bytes == 0, kernel
-        assert kernel.occupancy > 0, kernel
-    main = max((k for k in compiled.kernels if k.name.startswith(OPERATOR)), key=lambda k: k.registers)
-    if not main.instructions:
-        pytest.skip("nothing here disassembles machine code of GPUs")
-    tensor_cores = product_of(spec).kind == "mma"
-    assert bool(main.instructions.get("HMMA")) == tensor_cores
-    if tensor_cores:
-        for word in ("LDSM", "SHFL"):
-            assert main.instructions[word], word
-        if spec.out_channels // spec.groups % 16 == 0:
-            assert main.instructions["LDGSTS"]
-    assert main.instructions["RED"]
-    if column_units(spec).channels % 8 == 0:
-        assert main.instructions["LDG.128"]
-    assert not main.instructions.get("LDL", 0) + main.instructions.get("STL", 0)
-
-
 @needs_nvcc
 def test_additions_of_vectors():
     """Hopper adds four numbers at once; what is before it one."""
