@@ -227,7 +227,11 @@ def test_blocks_of_channels(spec, vector_lanes):
     ("channels", "cores", "l2_bytes", "vectors"),
     [
         ((128, 128), 2, 1 << 20, 4),
-        ((128, 128), 8, 1 << 20, 2),  # two blocks would leave six cores idle
+        ((128, 128), 4, 1 << 20, 2),  # two blocks would leave two cores idle
+        ((128, 128), 6, 1 << 20, 2),  # eight blocks would take as long as four
+        ((128, 128), 8, 1 << 20, 1),
+        ((256, 256), 64, 1 << 20, 1),
+        ((96, 96), 2, 1 << 20, 3),  # two blocks are done sooner than three
         ((128, 128), 0, 1 << 20, 2),  # a pack's processors: how many cores they have is not known
         ((128, 128), 2, 1 << 18, 2),  # 288 KiB of weights
         ((64, 64), 1, 1 << 20, 2),  # a block alone
@@ -236,7 +240,7 @@ def test_blocks_of_channels(spec, vector_lanes):
         ((48, 128), 1, 1 << 20, 1),  # 16 and 48 are what divides it into whole vectors and leaves more than one block
     ],
 )
-def test_blocks_are_wide_where_there_are_enough(channels, cores, l2_bytes, vectors):
+def test_blocks_are_as_wide_as_there_are_enough_of(channels, cores, l2_bytes, vectors):
     from tvmdcn.target import resolve_target
     from tvmdcn.te.channel_blocks import ChannelBlocks, form
 

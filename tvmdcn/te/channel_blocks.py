@@ -8,7 +8,7 @@ gradient alone, so nothing depends on the number of threads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, inf
 from typing import Any
 
 from tvm import te, tirx
@@ -44,19 +44,30 @@ def lanes_for(spec: DeformConv2dSpec, vector_lanes: int) -> int:
     return lanes
 
 
+# What a vector of channels costs in a block of some vectors. Two feed a register kernel best (r50_c3: 15.1 ms with two,
+# 17.7 with one); with four, what is done once per sample and block counts half (r50_c3: 6.61 ms instead of 6.85,
+# yolact_c3: 9.68 instead of 10.19). Zen 5, two threads, 2026-11-23.
+_COST = {1: 1.17, 2: 1.0, 3: 0.98, 4: 0.965}
+
+
 def form(spec: DeformConv2dSpec, target: Any) -> tuple[int, int]:
     """Return how channels lie in vectors on a target: the lanes of a vector, and the vectors that a block should have.
 
-    Two feed a register kernel best (r50_c3: 15.1 ms with two, 17.7 with one). With four, what is done once per sample
-    and block counts half (r50_c3: 6.61 ms instead of 6.85, yolact_c3: 9.68 instead of 10.19), unless the weights of a
-    block then exceed the second-level cache (r50_c5: 7.34 ms instead of 6.86), or there are too few blocks to give each
-    core one. (Zen 5, two threads, 2026-11-23.)
+    A core has one block at a time, so that narrow ones keep more cores busy, and wide ones have less to do. Blocks of
+    more than two vectors are only for weights of a block that stay in the second-level cache (r50_c5: 7.34 ms instead
+    of 6.86 where they don't), and for targets whose number of cores is known.
     """
     lanes = lanes_for(spec, vector_lanes(spec, target))
-    wide = ChannelBlocks(spec, lanes, 4)
-    weights = spec.taps * wide.outputs * wide.pitch * ITEM_BYTES[spec.accumulator_dtype]
-    fits = weights <= (target.l2_bytes or 1 << 20) * 3 // 4
-    return lanes, 4 if target.cores and fits and wide.count >= max(target.cores, 2) else 2
+    cores, l2_bytes = max(target.cores, 2), target.l2_bytes or 1 << 20
+
+    def cost(wanted: int) -> float:
+        blocks = ChannelBlocks(spec, lanes, wanted)
+        weights = spec.taps * blocks.outputs * blocks.pitch * ITEM_BYTES[spec.accumulator_dtype]
+        if wanted > 2 and weights > l2_bytes * 3 // 4:
+            return inf
+        return -(-blocks.count // cores) * blocks.vectors * _COST[blocks.vectors]
+
+    return lanes, min((2, 4, 1), key=cost) if target.cores else 2
 
 
 @dataclass(frozen=True)
