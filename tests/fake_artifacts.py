@@ -7,8 +7,9 @@ from pathlib import Path
 
 from handmade import SPEC
 
-from tvmdcn.artifact import Artifact, KernelInterface, build_once
+from tvmdcn.artifact import Artifact, build_once
 from tvmdcn.cache_key import CacheKey
+from tvmdcn.kernel_interface import KernelInterface
 from tvmdcn.spec import DeformConv2dSpec
 from tvmdcn.target import detect_target
 

@@ -15,10 +15,11 @@ import numpy as np
 
 import tvmdcn
 from tvmdcn import api, gradient, runtime
-from tvmdcn.artifact import Artifact, KernelInterface, build_once
+from tvmdcn.artifact import Artifact, build_once
 from tvmdcn.cache_key import CacheKey
 from tvmdcn.errors import BuildError
 from tvmdcn.kernel import Kernel
+from tvmdcn.kernel_interface import KernelInterface
 from tvmdcn.reference import reference
 from tvmdcn.spec import DeformConv2dGradSpec, DeformConv2dSpec, Extents
 from tvmdcn.target import resolve_target

@@ -25,10 +25,10 @@ import torch
 import tvmdcn
 from tvmdcn import builder, gradient
 from tvmdcn.arrays import arrays_of
-from tvmdcn.artifact import KernelInterface
 from tvmdcn.cuda_grad_kernel import CudaGradKernel
 from tvmdcn.errors import DeviceError, SpecError, SpecTypeError
 from tvmdcn.grad_scratch import scratch_tensors, split_of
+from tvmdcn.kernel_interface import KernelInterface
 from tvmdcn.problems import TEST_PROBLEMS
 from tvmdcn.reference_grad import expected_gradients
 from tvmdcn.space import Decisions, space_of

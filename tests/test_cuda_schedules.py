@@ -131,8 +131,8 @@ def test_memory_of_a_call(monkeypatch):
     from cuda_emulator.host import compile_for_emulation
     from cuda_layers import HOPPER, device_schedule, error_of
 
-    from tvmdcn.artifact import KernelInterface
     from tvmdcn.builder import OwnBarriers, interface_of
+    from tvmdcn.kernel_interface import KernelInterface
     from tvmdcn.te import operator_of
 
     spec = replace(LAYER, in_channels=32, out_channels=32, layout="NCHW")

@@ -14,9 +14,10 @@ from typing import Any
 import tvm
 from tvm import tirx
 
-from tvmdcn.artifact import Artifact, KernelInterface, build_once
+from tvmdcn.artifact import Artifact, build_once
 from tvmdcn.cache_key import CacheKey
 from tvmdcn.errors import BuildError, SpecError, SpecTypeError
+from tvmdcn.kernel_interface import KernelInterface
 from tvmdcn.launcher import write_launcher
 from tvmdcn.linking import linker_for
 from tvmdcn.space import PLANES, SPLITS, TILE_UNITS, UNIT_BYTES, Decisions, space_of

@@ -164,8 +164,9 @@ def _build(job: Job, decisions: Decisions, directory: Path) -> None:
 
 def _load(job: Job, name: str) -> Any:
     """Return the kernel of a built candidate, as a user would have it."""
-    from tvmdcn.artifact import Artifact, KernelInterface
+    from tvmdcn.artifact import Artifact
     from tvmdcn.cache_key import CacheKey
+    from tvmdcn.kernel_interface import KernelInterface
     from tvmdcn.runtime import open_kernel
 
     directory = job.directory / name
