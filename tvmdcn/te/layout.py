@@ -15,7 +15,7 @@ from typing import Any
 from tvm import tirx
 from tvm.ir import TensorRegion
 
-from tvmdcn.te.nests import TOKEN, block_nest, region, sequence, serial
+from tvmdcn.te.nests import TOKEN, block_nest, prefetch, region, sequence, serial
 from tvmdcn.te.sampling import Frame
 from tvmdcn.te.vectors import bits_dtype, broadcast, cast_vector, from_bits, lanes_at, strips, to_bits, transpose_into
 
@@ -121,6 +121,18 @@ def _by_squares(
     )
 
 
+def _next_strip(form: Blocked, x: tirx.Buffer, n: Expr, channel: Expr, pixel: Expr, write: bool) -> list[tirx.Stmt]:
+    """Return hints for what a square's turn in the next strip reads of planes, or writes.
+
+    Planes are far apart, and a strip has little of each, so that no processor foresees what comes next: yolact_c3 takes
+    9.0 ms with the hints and 9.6 ms without (Zen 5, one thread, 2026-11-23).
+    """
+    if form.side == 1:
+        return []
+    then = tirx.min(pixel + form.strip * form.side, form.size - 1)
+    return [prefetch(x, [n, channel + r, then], write) for r in range(form.side)]
+
+
 def _by_elements(form: Blocked, element: Callable[[Expr, Expr, Expr, Expr], tirx.Stmt]) -> tirx.Stmt:
     """Return ``element(block, pixel, its number in the frame, channel)`` for all of an image."""
     g, p, c = (tirx.Var(name, "int32") for name in ("h", "p", "c"))
@@ -163,7 +175,8 @@ def to_channels_last(x: tirx.Buffer, image: tirx.Buffer, form: Blocked, dtype: s
                 column = from_bits(column, dtype, str(image.dtype), side)
                 return tirx.BufferStore(image, column, [n, lanes_at(form.element(g, framed[j], c0), side)])
 
-            return sequence(transpose_into(rows, bits_dtype(dtype), emit, "x"))
+            ahead = _next_strip(form, x, n, g * form.width + c0, p0, write=False)
+            return sequence([*ahead, *transpose_into(rows, bits_dtype(dtype), emit, "x")])
 
         def element(g: Expr, p: Expr, framed: Expr, c: Expr) -> tirx.Stmt:
             value = cast_vector(tirx.BufferLoad(x, [n, g * form.width + c, p]), dtype, str(image.dtype), 1)
@@ -198,7 +211,8 @@ def from_channels_last(image: tirx.Buffer, x: tirx.Buffer, form: Blocked, acc: s
                 return tirx.BufferStore(x, value, [n, g * form.width + c0 + j, lanes_at(p0, side)])
 
             rows = [tirx.BufferLoad(image, [n, lanes_at(form.element(g, number, c0), side)]) for number in framed]
-            return sequence(transpose_into(rows, acc, emit, "y"))
+            ahead = _next_strip(form, x, n, g * form.width + c0, p0, write=True)
+            return sequence([*ahead, *transpose_into(rows, acc, emit, "y")])
 
         def element(g: Expr, p: Expr, framed: Expr, c: Expr) -> tirx.Stmt:
             value = cast_vector(tirx.BufferLoad(image, [n, form.element(g, framed, c)]), acc, dtype, 1)

@@ -19,6 +19,7 @@ __all__ = [
     "block_name",
     "block_nest",
     "declare_reads",
+    "prefetch",
     "region",
     "sequence",
     "serial",
@@ -74,6 +75,14 @@ def serial(var: tirx.Var, extent: Expr, body: tirx.Stmt) -> tirx.Stmt:
 def sequence(stmts: Sequence[tirx.Stmt]) -> tirx.Stmt:
     """Return statements one after the other; TVM refuses a sequence of one."""
     return tirx.SeqStmt(list(stmts)) if len(stmts) > 1 else stmts[0]
+
+
+def prefetch(buffer: tirx.Buffer, index: Sequence[Expr], write: bool = False) -> tirx.Stmt:
+    """Return a hint to the processor: the cache line of an element will be read, or written, soon."""
+    address = tirx.address_of(tirx.BufferLoad(buffer, list(index)))
+    # Behind the address: for writing or not, into the first-level cache, of data.
+    kind = [tirx.const(value, "int32") for value in (int(write), 3, 1)]
+    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *kind))
 
 
 def region(buffer: tirx.Buffer, *bounds: Expr | tuple[Expr, Expr]) -> TensorRegion:
