@@ -77,11 +77,11 @@ def sequence(stmts: Sequence[tirx.Stmt]) -> tirx.Stmt:
     return tirx.SeqStmt(list(stmts)) if len(stmts) > 1 else stmts[0]
 
 
-def prefetch(buffer: tirx.Buffer, index: Sequence[Expr], write: bool = False) -> tirx.Stmt:
-    """Return a hint to the processor: the cache line of an element will be read, or written, soon."""
+def prefetch(buffer: tirx.Buffer, index: Sequence[Expr]) -> tirx.Stmt:
+    """Return a hint to the processor: the cache line of an element will be read soon."""
     address = tirx.address_of(tirx.BufferLoad(buffer, list(index)))
-    # Behind the address: for writing or not, into the first-level cache, of data.
-    kind = [tirx.const(value, "int32") for value in (int(write), 3, 1)]
+    # Behind the address: to read, into the first-level cache, data.
+    kind = [tirx.const(value, "int32") for value in (0, 3, 1)]
     return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *kind))
 
 
