@@ -56,7 +56,10 @@ KINDS = {
     "offset_groups": layer(32, 32, offset_groups=8),
     # 19 channels in an offset group: more than a vector, and not a multiple
     "uneven_offset_groups": layer(57, 16, offset_groups=3, kernel_size=2),
+    # several groups in a vector; several vectors of a group in a block; groups no vector is a multiple of
     "groups": layer(32, 48, groups=4),
+    "groups_of_vectors": layer(128, 24, groups=4, offset_groups=2),
+    "uneven_groups": layer(24, 8, groups=2),
     # offset groups of 4 channels in groups of 6
     "crossing_groups": layer(12, 18, groups=2, offset_groups=3),
     "two_per_channel": layer(8, 16, groups=8),

@@ -193,6 +193,9 @@ BLOCK_LAYERS = (
     DeformConv2dSpec(24, 48, groups=2, offset_groups=8),
     DeformConv2dSpec(57, 6, offset_groups=3),
     DeformConv2dSpec(8, 16, groups=8),
+    DeformConv2dSpec(64, 32, groups=8, offset_groups=2),
+    DeformConv2dSpec(128, 128, groups=4),
+    DeformConv2dSpec(48, 24, groups=4),
     DeformConv2dSpec(40, 40, groups=40),
     DeformConv2dSpec(42, 42, groups=42, offset_groups=6),
 )
@@ -201,7 +204,7 @@ BLOCK_LAYERS = (
 @pytest.mark.parametrize("vector_lanes", [2, 4, 8, 16])
 @pytest.mark.parametrize("spec", BLOCK_LAYERS, ids=lambda spec: spec.slug)
 def test_blocks_of_channels(spec, vector_lanes):
-    """A block is in one group and one offset group, and has few lanes that are padding."""
+    """A block is in one offset group, in one group or of several, and has few lanes that are padding."""
     from tvmdcn.te.channel_blocks import ChannelBlocks, lanes_for
 
     lanes = lanes_for(spec, vector_lanes)
@@ -220,7 +223,7 @@ def test_blocks_of_channels(spec, vector_lanes):
         outputs = [blocks.out_channel(block, vector, lane, o) for o in range(blocks.outputs)]
         group = channel // in_group
         assert [int(o) for o in outputs] == list(range(group * out_group, (group + 1) * out_group))
-        assert depthwise or group == block // blocks.of_group
+        assert depthwise or blocks.group(block, inside) == (group, channel % in_group)
 
 
 @pytest.mark.parametrize(

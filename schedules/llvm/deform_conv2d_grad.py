@@ -52,11 +52,13 @@ def variants(spec: DeformConv2dGradSpec, target: TargetInfo) -> list[str]:
     """Return the names of the variants that make sense for a layer, the default first."""
     if not (_needs_columns(spec) or spec.grad_weight):
         return ["bias"]
-    vectors = _blocks(spec, target).vectors
-    counts = [n for n in (2, 1, 4, 3) if vectors % n == 0] if _needs_columns(spec) else [1]
+    blocks = _blocks(spec, target)
+    # Vectors of several groups have no multiplicand in common.
+    several = _needs_columns(spec) and blocks.groups == 1
+    counts = [n for n in (2, 1, 4, 3) if blocks.vectors % n == 0] if several else [1]
     # Eight blocks repeat the plan eight times: r50_c4 takes 6.65 ms as `own` and 6.46 ms as `stored`; r50_c3, with
     # four, 7.57 and 7.83 (Zen 5, two threads, 2026-11-22).
-    orders = ["own", "stored"] if _blocks(spec, target).of_offset_group < 8 else ["stored", "own"]
+    orders = ["own", "stored"] if blocks.of_offset_group < 8 else ["stored", "own"]
     orders.append("shared")
     return [f"{order}-{count}" for count in counts for order in orders]
 
@@ -167,12 +169,13 @@ def _column_gradients(
         return None
     sums = sch.cache_write(columns, 0, "local")
     k, i, b, v, o = sch.get_loops(columns)[-5:]
+    groups, v = sch.split(v, [None, _blocks(spec, target).together])
     i0, i1 = choices.tile(
         "register_pixels", i, default=12, limit=max(1, (target.vector_registers - count - 1) // count)
     )
     b0, b1 = sch.split(b, [None, count])
     o0, o1 = choices.tile("unroll", o, default=1, limit=8)
-    sch.reorder(k, b0, i0, o0, o1, i1, b1, v)
+    sch.reorder(k, b0, groups, i0, o0, o1, i1, b1, v)
     sch.reverse_compute_at(sums, i0, preserve_unit_loops=True)
     _in_registers(sch, sums, 3)
     for loop in (o1, i1, b1):
@@ -190,11 +193,12 @@ def _weight_part(
     part = block("weight_part")
     sums = sch.cache_write(part, 0, "local")
     k, b, o, v, u, i = sch.get_loops(part)[-6:]
+    groups, v = sch.split(v, [None, _blocks(spec, target).together])
     b0, b1 = choices.tile("weight_vectors", b, default=2, limit=4)
     limit = max(1, (target.vector_registers - 4) // choices.made["weight_vectors"])
     o0, o1 = choices.tile("register_outputs", o, default=8, limit=limit)
     i0, i1 = choices.tile("unroll_pixels", i, default=1, limit=4)
-    sch.reorder(k, b0, o0, u, i0, i1, o1, b1, v)
+    sch.reorder(k, b0, groups, o0, u, i0, i1, o1, b1, v)
     sch.reverse_compute_at(sums, o0, preserve_unit_loops=True)
     sch.reverse_compute_at(block("weight_sum"), o0, preserve_unit_loops=True)
     _in_registers(sch, sums, 3)
