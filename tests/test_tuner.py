@@ -16,8 +16,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,6 +45,7 @@ from tvmdcn.te import operator_of
 from tvmdcn.tuning import session as session_module
 from tvmdcn.tuning import trial
 from tvmdcn.tuning import tuner as tuner_module
+from tvmdcn.tuning import workers as workers_module
 from tvmdcn.tuning.farm import Machine, ServersLost
 from tvmdcn.tuning.history import read_log
 from tvmdcn.tuning.records import META, TuningRecords
@@ -505,6 +508,47 @@ def test_what_was_found_for_a_similar_layer_is_tried_early(
     pretend(milliseconds(1, 2))
     tune(similar.spec, similar.extents, trials=2, threads=1, records=tmp_path, name="similar")
     assert rows_of(tmp_path, "similar")[1]["decisions"]["variant"] == found.variant
+
+
+def test_candidates_are_measured_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the order in which they were built: the default comes first, whatever else the machine does."""
+
+    class LateFirst:
+        """Ends the builds from the last to the first, once all are there."""
+
+        def __init__(self, **_: object) -> None:
+            self.builds: list[Future[str]] = []
+
+        def submit(self, *_: object) -> Future[str]:
+            self.builds.append(Future())
+            if len(self.builds) == 3:
+                threading.Thread(target=self.end).start()
+            return self.builds[-1]
+
+        def end(self) -> None:
+            for late in reversed(self.builds):
+                late.set_result("")
+                time.sleep(0.05)
+
+        def shutdown(self) -> None:
+            pass
+
+    class Measuring:
+        alone = True
+
+        def submit(self, job: Job, names: list[str], rounds: int) -> Future[list[Outcome]]:
+            measured: Future[list[Outcome]] = Future()
+            measured.set_result([Outcome((1.0,), 0.0)])
+            return measured
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(workers_module, "PopenPoolExecutor", LateFirst)
+    job = Job(SMALL.spec, SMALL.extents, detect_target(), 1, tmp_path)
+    default = Search(SMALL.spec, SMALL.extents, detect_target(), 0).names.defaults[VARIANTS[0]]
+    with workers_module.Workers(2, Measuring()) as workers:
+        assert [place for place, _ in workers.trials(job, [default] * 3)] == [0, 1, 2]
 
 
 # -- several layers ---------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ from __future__ import annotations
 import itertools
 import shutil
 import signal
-from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from heapq import heappop, heappush
 from typing import Any, Protocol
 
 from tvm.support.popen_pool import PopenPoolExecutor
@@ -124,15 +124,16 @@ class Workers:
         """Build, check and measure candidates; yield the place and the outcome of each as it ends.
 
         On one machine all are built before the first is measured, and one is measured at a time, while nothing
-        else runs, the caller included. Elsewhere each is measured as soon as it is built.
+        else runs, the caller included; in their order, whichever was built first. Elsewhere each is measured as soon
+        as it is built.
         """
         names, builds = self._start(job, candidates)
         pending: dict[Future[Any], int] = dict(builds)
-        ready: deque[int] = deque()
+        ready: list[int] = []
         try:
             while pending or ready:
                 while ready and not (self._measuring.alone and pending):
-                    place = ready.popleft()
+                    place = heappop(ready)
                     pending[self._measuring.submit(job, [names[place]], 1)] = place
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)
                 for future in sorted(done, key=lambda future: pending[future]):
@@ -140,7 +141,7 @@ class Workers:
                     if future in builds:
                         outcome = _build_failure(future)
                         if outcome is None:
-                            ready.append(place)
+                            heappush(ready, place)
                             continue
                     else:
                         (outcome,) = future.result()
