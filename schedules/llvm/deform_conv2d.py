@@ -20,15 +20,14 @@ Structural variants, named ``<reduction>-<vectors>-<plan>``:
 
 Read in assembly (AVX-512, r50_c3): two steps of the product's inner loop are 48 fused multiply-adds, 24 broadcasts and
 4 aligned loads, 80 instructions in all, nothing spilled; a sample takes a load of its index, 4 broadcasts of its
-weights and, per vector of channels, 4 multiply-adds from memory and a store. Where the time goes (share of samples of
-perf record, tuned schedules, Zen 5 server, one thread, 2026-11-22, when corners still had four indices, which made
-edvr_align 8 % slower):
+weights and, per vector of channels, 4 multiply-adds from memory and a store. Where the time goes (``tvmdcn stages
+--problem all --threads 1``, tuned schedules, Zen 5 server, 2026-11-23; the rows are in docs/measurements):
 
     layer       product  sampling  plan  image's layout  output's layout
-    r50_c3        82 %      9 %    1 %        3 %             3 %
-    deft          76 %     14 %    2 %        2 %             3 %
-    yolact_c3     67 %     14 %              10 %             2 %
-    edvr_align    49 %     33 %    8 %        4 %             3 %
+    r50_c3        85 %      9 %    1 %        2 %             2 %
+    deft          76 %     11 %    3 %        3 %             6 %
+    yolact_c3     76 %     14 %    1 %        8 %             1 %
+    edvr_align    55 %     25 %    9 %        5 %             6 %
 """
 
 from __future__ import annotations

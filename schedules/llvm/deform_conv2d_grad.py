@@ -18,10 +18,15 @@ Structural variants, named ``<order>-<vectors>``:
 Read in assembly (AVX-512, r50_c3): the column gradients' inner loop is that of the forward (48 fused multiply-adds, 24
 broadcasts, 4 aligned loads for two steps), the weight's has 32, 16 and 4. A tap of a pixel and four vectors of channels
 take 131 instructions, among them 16 loads of corners, and 16 loads and stores of what is added to them. Where the time
-goes (share of samples of perf record, own-2, blocks of two vectors, Zen 5 server, one thread, 2026-11-22):
+goes (``tvmdcn stages --operator deform_conv2d_grad``, Zen 5 server, one thread, 2026-11-23):
 
-    layer    column gradients  samples  weight part  plan  layouts, zeros, the output's gradient
-    r50_c3        34 %           17 %       34 %       4 %    11 %
+    layer      column gradients  samples  weight's product  plan  layouts, zeros, places
+    r50_c3           40 %          15 %         40 %         1 %          5 %
+    yolact_c3        30 %          22 %         30 %         1 %         17 %
+    grouped32        22 %          40 %         23 %         2 %         13 %
+
+yolact_c3 has stride 2: its image is four times as large as its output, and no longer in the second-level cache. With
+offsets of zero, whose corners lie side by side, the layer takes 8 % less.
 """
 
 from __future__ import annotations
