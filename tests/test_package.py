@@ -39,8 +39,6 @@ SOURCES = (
     "tuning_logs",
     "tvmdcn",
 )
-# Seconds that `import tvmdcn` may take. The median of five, for machines are busy at times.
-IMPORT_LIMIT = 0.1
 
 
 def run(command: Sequence[str | Path], folder: Path, **environment: str) -> str:
@@ -209,19 +207,9 @@ def test_editable_install_finds_the_mapped_packages(tmp_path: Path) -> None:
         ]
 
 
-def test_import_is_fast_and_light(python: Path, tmp_path: Path) -> None:
-    code = """
-import sys, time
-started = time.perf_counter()
-import tvmdcn
-print(time.perf_counter() - started, *(name for name in ("torch", "tvm", "tvm_ffi") if name in sys.modules))
-"""
-    seconds = []
-    for _ in range(5):
-        taken, *heavy = run([python, "-c", code], tmp_path).split()
-        assert not heavy, f"import tvmdcn imports {heavy}"
-        seconds.append(float(taken))
-    assert sorted(seconds)[2] < IMPORT_LIMIT, f"import tvmdcn took {seconds} s"
+def test_import_is_light(python: Path, tmp_path: Path) -> None:
+    code = "import sys, tvmdcn; print(*(name for name in ('torch', 'tvm', 'tvm_ffi') if name in sys.modules))"
+    assert run([python, "-c", code], tmp_path).split() == []
 
 
 def test_import_leaves_no_trace(python: Path, tmp_path: Path) -> None:

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import threading
-import time
 
 import handmade
 import numpy as np
 import pytest
+from call_counts import functions_entered
 from handmade import EXTENTS, SPEC, call, error, kernel_of, run, torch_of, variant
 
 import tvmdcn
@@ -186,36 +185,24 @@ def test_messages_of_compiled_functions_arrive():
 def test_only_the_small_runtime_is_loaded(cache_dir):
     handmade.build(SPEC)
     code = """
-    import time
-    start = time.perf_counter()
     import tvmdcn
-    imported = time.perf_counter()
     before = set(sys.modules)
     spec = tvmdcn.DeformConv2dSpec(6, 2, (3, 2), (2, 1), (1, 0), (2, 1), groups=2, offset_groups=3)
     kernel = tvmdcn.load(spec)
     import numpy as np
     shapes = (3, 6, 5, 4), (3, 36, 2, 3), (2, 3, 3, 2), (2,), (3, 18, 2, 3)
     kernel(*(np.ones(shape, "f") for shape in shapes))
-    seconds = time.perf_counter() - start
     import json
     maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
     heavy = [name for name in ("tvm", "tvm_ffi", "torch", "numpy.ma") if name in sys.modules]
-    print(json.dumps([imported - start, seconds, heavy, "tvm_compiler" in maps, "numpy" in before]))
+    print(json.dumps([heavy, "tvm_compiler" in maps, "numpy" in before]))
     """
-    imports, firsts = [], []
-    for _ in range(3):
-        imported, first, heavy, compiler, eager = json.loads(run(code, TVMDCN_BUILD="never").stdout)
-        assert (heavy, compiler, eager) == ([], False, False)
-        imports.append(imported)
-        firsts.append(first)
-    # 6 ms and 0.15 s on an idle machine; the bars are 0.1 s and 0.5 s.
-    assert min(imports) < 0.1
-    assert min(firsts) < 0.5
+    assert json.loads(run(code, TVMDCN_BUILD="never").stdout) == [[], False, False]
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
-def test_overhead_of_a_call(kind):
-    """About 5 us (NumPy) and 7 us (torch) above the kernel on an idle machine; the bar is 15 us."""
+def test_a_call_that_was_made_before_does_little(kind):
+    """About 20 functions; `tvmdcn benchmark --overhead` says how long they take."""
     spec = DeformConv2dSpec(1, 1, (1, 1))
     kernel = kernel_of(spec, threads=1)
     tensors = make_tensors(spec, Extents(1, 3, 3))
@@ -223,15 +210,7 @@ def test_overhead_of_a_call(kind):
     if kind == "torch":
         pytest.importorskip("torch")
         arguments = [torch_of(a) if isinstance(a, np.ndarray) else a for a in arguments]
-    medians = []
-    for _ in range(20):
-        times = []
-        for _ in range(100):
-            start = time.perf_counter()
-            kernel(*arguments)
-            times.append(time.perf_counter() - start)
-        medians.append(statistics.median(times))
-    assert min(medians) < 15e-6
+    assert len(functions_entered(lambda: kernel(*arguments))) <= 25
 
 
 def test_key_needs_no_compiler():

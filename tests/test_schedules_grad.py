@@ -272,10 +272,10 @@ def test_impossible_decisions_give_way_to_the_default():
 # --- what a schedule looks like -----------------------------------------------------------------------------
 
 # Stages whose inside the schedule leaves alone, or that are too little to matter.
-OPAQUE = {"channels_last", "samples", "grad_offset", "grad_weight", "grad_input"}
+OPAQUE = {"image_frame", "image_rows", "samples", "grad_offset", "grad_weight", "grad_input"}
 SCALAR = {"pixel_0", "pixel_1", "bias_sum", "grad_bias"}
 # Stages of whole images, before and behind the tiles.
-WHOLE = {"channels_last", "grad_image", "grad_offset", "grad_weight", "grad_input", "bias_sum", "grad_bias"}
+WHOLE = {"image_frame", "grad_offset", "grad_weight", "grad_input", "bias_sum", "grad_bias"}
 WHOLE |= {"bias_part_init", "bias_part_update"}
 
 
@@ -342,12 +342,12 @@ def test_only_what_is_asked_for_is_computed(asked):
     blocks = set(blocks_of(scheduled(spec, HOST)[0].mod[SPACE[0]]))
     input, offset, weight, bias = asked
     needed = {
-        "channels_last": offset or weight,
+        "image_frame": input or offset or weight,
+        "image_rows": input or offset or weight,
         "samples": input or offset or weight,
         "index": input or offset or weight,
         "weight_00": input or weight,
         "grad_columns_update": input or offset,
-        "grad_image": input,
         "grad_input": input,
         "grad_offset": offset,
         "weight_part_update": weight,

@@ -151,16 +151,15 @@ def test_blocks_of_gradients_are_the_contract(layout, asked):
     image, offset, weight, bias = asked
     sampled = image or offset or weight
     plan = [name for name in PLAN if sampled and (image or weight or not name.startswith("weight"))]
-    first = ["channels_last"] if offset or weight else []
-    last = ["samples"] if sampled else []
+    last = ["image_frame", "image_rows"] if sampled else []
+    last += ["grad_columns"] if image or offset else []
+    last += ["samples"] if sampled else []
     last += ["weight_part", "weight_sum"] if weight else []
-    last += [f"grad_{name}" for name, needed in (("offset", offset), ("weight", weight), ("input", image)) if needed]
+    last += [f"grad_{name}" for name, needed in (("weight", weight), ("input", image), ("offset", offset)) if needed]
     last += (["bias_part", "bias_sum", "grad_bias"] if layout == "NCHW" else ["bias_part", "grad_bias"]) if bias else []
-    between = ["pixel_0", "pixel_1", *plan, "grad_tile"] if sampled else []
-    between += (["grad_columns"] if image or offset else []) + (["grad_image"] if image else [])
-    assert names[: len(first)] == first
+    first = ["pixel_0", "pixel_1", *plan, "grad_tile"] if sampled else []
     assert names[len(names) - len(last) :] == last
-    assert sorted(names) == sorted([*first, *between, *last])
+    assert sorted(names) == sorted([*first, *last])
 
 
 @pytest.mark.parametrize(("dtype", "item"), [("float16", 2), ("bfloat16", 2), ("float32", 4), ("float64", 8)])
@@ -417,8 +416,8 @@ def test_blocked_images(dtype):
     """From planes and from pixels to blocks of channels and back, for images smaller and larger than a vector."""
     from tvm import tirx
 
-    from tvmdcn.te.layout import Blocked, copy_blocks, from_channels_last, to_channels_last
-    from tvmdcn.te.nests import whole_function
+    from tvmdcn.te.layout import Blocked, copy_strip, places_of, to_channels_last, to_planes, zero_frame
+    from tvmdcn.te.nests import block_nest, sequence, whole_function
     from tvmdcn.te.sampling import Frame
 
     acc = "float32"
@@ -432,14 +431,20 @@ def test_blocked_images(dtype):
             shape = (n, blocks * width, size) if planes else (n, size, blocks * width)
             x = tirx.decl_buffer(shape, dtype, name="x")
             image = tirx.decl_buffer((n, form.extent), acc, name="image")
-            if name == "from_planes":
-                stage = to_channels_last(x, image, form, dtype)
-            elif name == "to_planes":
-                stage = from_channels_last(image, x, form, acc, dtype)
-            elif name == "from_pixels":
-                stage = copy_blocks("copy", x, image, form, (dtype, acc), into=True)
-            else:
-                stage = copy_blocks("copy", image, x, form, (acc, dtype), into=False)
+            places = places_of(form)
+
+            def body(i, strip, name=name, x=x, image=image, form=form, places=places):
+                if name == "to_planes":
+                    return to_planes(image, x, form, places, i, strip, [i])
+                copy = copy_strip(x, image, form, i, strip, [i], 0, into=name == "from_pixels")
+                zeros = [zero_frame(form, image, [i], acc)] if name == "from_pixels" else []
+                return sequence([*zeros, copy])
+
+            stage = (
+                to_channels_last(x, image, form)
+                if name == "from_planes"
+                else block_nest("copy", [("n", n), ("p", form.strips)], lambda *_: [], lambda *_: [], body, [places])
+            )
             found[f"{name}_{index}"] = whole_function([x, image, height, columns], stage)
         return found
 

@@ -3,16 +3,19 @@
 
     parallel block of channels:
         tile of output pixels:
+            image rows:       as many as the tile needs, from planes; zeros for their gradients
             column gradients: [pixels x channels] in registers, over output channels
             samples:          corners of each sample once: sums for offset and mask, added gradient, sample
             weight part:      [output channels x channels] in registers, over the pixels of the tile
+        gradients of the block's weights and input, to where they belong
 
 Structural variants, named ``<order>-<vectors>``:
 
 * order ``stored``: blocks of channels outside and parallel, tiles inside; the sampling plan (ten numbers a sample) and
   the output's gradient, laid out for both products, are prepared for whole images beforehand. ``own``: the same, but
-  each block prepares them for itself, tile by tile. ``shared``: tiles outside, blocks inside and parallel; plan and
-  output's gradient are prepared once per tile for all blocks, and threads wait for each other at each tile.
+  each block prepares them for itself, tile by tile. In both a thread needs memory for the images of one block.
+  ``shared``: tiles outside, blocks inside and parallel; plan and output's gradient are prepared once per tile for all
+  blocks, images of all blocks are in memory, and threads wait for each other at each tile.
 * vectors of channels in the register tile of the column gradients.
 
 Read in assembly (AVX-512, r50_c3): the column gradients' inner loop is that of the forward (48 fused multiply-adds, 24
@@ -79,16 +82,18 @@ def deform_conv2d_grad(
 
     first = "grad_bias" if variant == "bias" else "samples"
     sch.annotate(block(first), VARIANT, variant)
-    _whole_images(sch, block, spec, target)
+    _behind_tiles(sch, block, spec, target)
     if variant == "bias":
         return
     order, count = variant.split("-")
     shared = order == "shared"
 
-    # The weight's gradient needs the samples of a tile: both stages are put under the same loops.
-    channels, task = sch.get_loops(block("samples"))[:2]
-    if shared:
-        sch.reorder(task, channels)
+    # The weight's gradient needs the samples of a tile, and they rows of the image: all are put under the same loops.
+    for name in ("image_rows", "samples"):
+        channels, task = sch.get_loops(block(name))[:2]
+        if shared:
+            sch.reorder(task, channels)
+    sch.merge(sch.get_loops(block("image_rows"))[2], sch.get_loops(block("samples"))[2])
     if spec.grad_weight:
         part_task, part_channels = sch.get_loops(block("weight_part"))[:2]
         if not shared:
@@ -102,6 +107,13 @@ def deform_conv2d_grad(
     plan_at, tile_at = {"shared": (task, task), "own": (unit, task), "stored": (None, None)}[order]
     _plan(sch, block, spec, target, plan_at, units_parallel=shared)
     _tile(sch, block("grad_tile"), spec, target, tile_at, units_parallel=shared)
+    around = ["image_frame", *(name for name in ("grad_weight", "grad_input") if getattr(spec, name))]
+    if shared:
+        for name in around:
+            sch.parallel(sch.get_loops(block(name))[0])
+    else:  # What a block has added up is still in its thread's cache.
+        stages = [sch.get_loops(block(name))[0] for name in around]
+        channels = sch.merge(stages[0], channels, *stages[1:])
     sch.parallel(channels)
 
     # What a tile needs per pixel: its samples; the output's gradient; as `shared` ten numbers of the plan per sample.
@@ -117,23 +129,11 @@ def deform_conv2d_grad(
             sch.decompose_reduction(*initialised)
 
 
-def _whole_images(sch: Any, block: Any, spec: DeformConv2dGradSpec, target: TargetInfo) -> None:
-    """Schedule the stages before and behind the tiles."""
-    blocks = _blocks(spec, target)
-    if spec.grad_offset or spec.grad_weight:
-        sch.parallel(sch.fuse(*sch.get_loops(block("channels_last"))))
-    if spec.grad_input:
-        n, element = sch.get_loops(block("grad_image"))
-        pixel, element = sch.split(element, [None, blocks.pitch])
-        _, lane = sch.split(element, [None, blocks.lanes])
-        sch.vectorize(lane)
-        sch.parallel(sch.fuse(n, pixel))
-        sch.parallel(sch.fuse(*sch.get_loops(block("grad_input"))))
+def _behind_tiles(sch: Any, block: Any, spec: DeformConv2dGradSpec, target: TargetInfo) -> None:
+    """Schedule the stages that need what all blocks of channels have found, or no samples at all."""
     if spec.grad_offset:
         n, q, _, _ = sch.get_loops(block("grad_offset"))
         sch.parallel(sch.fuse(n, q))
-    if spec.grad_weight:
-        sch.parallel(sch.get_loops(block("grad_weight"))[0])
     if spec.grad_bias:
         _bias(sch, block, spec, target)
 

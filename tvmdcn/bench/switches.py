@@ -37,8 +37,8 @@ STAGES: Mapping[str, Mapping[str, Sequence[str]]] = {
         "epilogue": ("output",),
     },
     DeformConv2dGradSpec.operator: {
-        "layout": ("channels_last", "grad_image", "grad_tile", "grad_input"),
         "plan": _PLAN,
+        "layout": ("grad_tile", "image_frame", "image_rows", "grad_input"),
         "column gradients": ("grad_columns",),
         "samples": ("samples",),
         "weight's product": ("weight_part", "weight_sum"),

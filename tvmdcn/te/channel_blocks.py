@@ -232,58 +232,45 @@ def pack_weight(spec: DeformConv2dSpec, lanes: int, wanted: int = 2) -> tirx.Pri
 def store_weight(blocks: ChannelBlocks, total: tirx.Buffer) -> tuple[tirx.Buffer, tirx.Stmt]:
     """Return ``grad_weight`` and the stage that brings the weight's gradient into the weight's order, taps innermost.
 
-    `total` is in the order of `packed_shape`.
+    `total` is in the order of `packed_shape`. Blocks of channels come first, so that each can be stored where it was
+    added up.
     """
     spec, lanes = blocks.spec, blocks.lanes
     acc, taps, out = spec.accumulator_dtype, spec.taps, _matrix(spec, "grad_weight")
 
-    def place(o: Expr, c: Expr) -> tuple[Expr, Expr]:
-        """Return the block, and the number of the output channel in its group."""
-        if blocks.depthwise:
-            return o // blocks.width, 0
-        return o // blocks.outputs * blocks.of_group + c, o % blocks.outputs
-
-    def square(o: Expr, c: Expr, b: int, k0: int, v0: int, side: int) -> list[tirx.Stmt]:
-        block, output = place(o, c)
-        rows = [tirx.BufferLoad(total, [block, k0 + r, b, output, lanes_at(v0, side)]) for r in range(side)]
+    def square(c: Expr, o: Expr, b: int, k0: int, v0: int, side: int) -> list[tirx.Stmt]:
+        rows = [tirx.BufferLoad(total, [c, k0 + r, b, o, lanes_at(v0, side)]) for r in range(side)]
 
         def emit(j: int, column: Expr) -> tirx.Stmt:
             value = cast_vector(column, acc, spec.dtype, side)
-            group, inside = blocks.group(block, b * lanes + v0 + j)
-            at = [group * blocks.outputs + output, lanes_at(inside * taps + k0, side)]
+            group, inside = blocks.group(c, b * lanes + v0 + j)
+            at = [group * blocks.outputs + o, lanes_at(inside * taps + k0, side)]
             return tirx.BufferStore(out, value, at)
 
         return transpose_into(rows, acc, emit, f"w{b}_{k0}_{v0}")
 
-    def singly(o: Expr, c: Expr) -> tirx.Stmt:
+    def singly(c: Expr, o: Expr) -> tirx.Stmt:
         k, i = tirx.Var("k", "int32"), tirx.Var("i", "int32")
-        block, output = place(o, c)
-        channel = o % blocks.width if blocks.depthwise else i
-        read = tirx.BufferLoad(total, [block, k, channel // lanes, output, channel % lanes])
-        at = [o, k]
-        if not blocks.depthwise:
-            group, inside = blocks.group(block, i)
-            at = [group * blocks.outputs + output, inside * taps + k]
-        store = tirx.BufferStore(out, cast(read, acc, spec.dtype), at)
-        return serial(i, 1 if blocks.depthwise else blocks.width, serial(k, taps, store))
+        read = tirx.BufferLoad(total, [c, k, i // lanes, o, i % lanes])
+        column = k if blocks.depthwise else blocks.group(c, i)[1] * taps + k
+        store = tirx.BufferStore(out, cast(read, acc, spec.dtype), [blocks.out_channel(c, 0, i, o), column])
+        return serial(i, blocks.width, serial(k, taps, store))
 
-    def reads(o: Expr, c: Expr) -> list[Any]:
-        block, output = place(o, c)
-        return [region(total, block, (0, taps), (0, blocks.vectors), output, (0, lanes))]
-
-    def writes(o: Expr, c: Expr) -> list[Any]:
+    def writes(c: Expr, o: Expr) -> list[Any]:
+        if blocks.depthwise:
+            return [region(out, (c * blocks.width, blocks.width), (0, taps))]
         if blocks.groups > 1:
             rows = blocks.groups * blocks.outputs
-            return [region(out, (o // blocks.outputs * rows, rows), (0, out.shape[1]))]
-        count = taps if blocks.depthwise else blocks.width * taps
-        return [region(out, o, (c * count, count))]
+            return [region(out, (c * rows, rows), (0, out.shape[1]))]
+        group, inside = blocks.group(c, 0)
+        return [region(out, group * blocks.outputs + o, (inside * taps, blocks.width * taps))]
 
     stage = block_nest(
         "grad_weight",
-        [("o", spec.out_channels // blocks.groups), ("c", 1 if blocks.depthwise else blocks.of_group)],
-        reads,
+        [("c", blocks.count), ("o", blocks.outputs)],
+        lambda c, o: [region(total, c, (0, taps), (0, blocks.vectors), o, (0, lanes))],
         writes,
-        lambda o, c: _by_squares(blocks, lambda *at: square(o, c, *at), lambda: singly(o, c)),
+        lambda c, o: _by_squares(blocks, lambda *at: square(c, o, *at), lambda: singly(c, o)),
     )
     return out, stage
 

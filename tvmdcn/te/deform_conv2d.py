@@ -155,7 +155,7 @@ def _with_layout_stages(staged: tirx.PrimFunc, spec: DeformConv2dSpec, lanes: in
     if nchw:
         width = spec.in_channels // spec.offset_groups
         form = Blocked(spec.offset_groups, width, width, tiles.size, tiles.frame, lanes)
-        stages.insert(0, to_channels_last(params["x"], image, form, spec.dtype))
+        stages.insert(0, to_channels_last(params["x"], image, form))
 
     per_group = spec.out_channels if is_depthwise(spec) else spec.out_channels // spec.groups
     epilogue = Epilogue(params["product"], params["bias"], out, tiles.tiles, per_group, tiles.first_pixel, nchw)

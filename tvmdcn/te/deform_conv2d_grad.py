@@ -15,10 +15,10 @@ Work is divided into blocks of channels (`te/channel_blocks.py`), and output pix
 (`te/tiles.py`). Column gradients and samples exist for one tile and one block at a time. Pixels that a unit repeats
 count once: they are left out of what is added to the input's gradient, and their samples are zeros for the weight's.
 
-Blocks, in order, those that are needed: ``channels_last``, ``grad_image`` (zeros, added to later), ``pixel_0``,
-``pixel_1``, the sampling plan, ``grad_tile`` (the output's gradient of a unit), ``grad_columns``, ``samples``
-(`te/samples.py`), ``weight_part`` (a tile's part of the weight's gradient), ``weight_sum``, ``grad_offset``,
-``grad_weight``, ``grad_input``, ``bias_part``, ``bias_sum`` (NCHW only), ``grad_bias``. Their names are the contract
+Blocks, in order, those that are needed: ``pixel_0``, ``pixel_1``, the sampling plan, ``grad_tile`` (the output's
+gradient of a unit), ``image_frame``, ``image_rows`` (`te/image_rows.py`), ``grad_columns``, ``samples``
+(`te/samples.py`), ``weight_part`` (a tile's part of the weight's gradient), ``weight_sum``, ``grad_weight``,
+``grad_input``, ``grad_offset``, ``bias_part``, ``bias_sum`` (NCHW only), ``grad_bias``. Their names are the contract
 with `schedules/`.
 """
 
@@ -32,7 +32,7 @@ from tvm.s_tir.stmt import SBlock, SBlockRealize
 
 from tvmdcn.spec import DeformConv2dGradSpec
 from tvmdcn.te.channel_blocks import ChannelBlocks, form, pack_weight, packed_shape, store_weight
-from tvmdcn.te.layout import Blocked, copy_blocks, from_channels_last, to_channels_last
+from tvmdcn.te.image_rows import image_buffers, image_stages, store_image
 from tvmdcn.te.nests import block_name, block_nest, region, sequence, with_alignment
 from tvmdcn.te.samples import part_buffers, samples_stage, store_places
 from tvmdcn.te.tiles import GRANULE, ITEM_BYTES, SCALARS, Tiles, cast
@@ -70,7 +70,6 @@ def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int, wanted: int = 2) 
     """
     acc, dtype, taps = spec.accumulator_dtype, spec.dtype, spec.taps
     tiles, blocks = Tiles(spec), ChannelBlocks(spec, lanes, wanted)
-    image_shape = (tiles.batch, _blocked(tiles, blocks).extent)
     shapes = {
         "grad_output": (tiles.plane(spec.out_channels, tiles.pixels), dtype),
         "input": (tiles.plane(spec.in_channels, tiles.size), dtype),
@@ -98,9 +97,6 @@ def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int, wanted: int = 2) 
         results.append(_grad_columns(tiles, blocks, tile, given["weight"]))
     if spec.grad_input:
         between.append(te.placeholder(tiles.plane(spec.in_channels, tiles.size), dtype, name="grad_input"))
-        results.append(te.compute(image_shape, lambda n, element: tirx.const(0.0, acc), name="grad_image"))
-    if spec.grad_offset or spec.grad_weight:
-        between.append(te.placeholder(image_shape, acc, name="image"))
     if spec.grad_weight:
         shape = (blocks.count, *tiles.shape, taps, GRANULE, blocks.vectors, lanes)
         columns = te.placeholder(shape, acc, name="columns")
@@ -113,10 +109,6 @@ def deform_conv2d_grad(spec: DeformConv2dGradSpec, lanes: int, wanted: int = 2) 
     # A caller's tensors lie anywhere; the packed weight is the runtime's own.
     callers = ("grad_output", "input", "offset", "mask", "grad_input", "grad_bias")
     return _assemble(with_alignment(staged, dict.fromkeys(callers, ITEM_BYTES[dtype])), spec, blocks)
-
-
-def _blocked(tiles: Tiles, blocks: ChannelBlocks) -> Blocked:
-    return Blocked(blocks.count, blocks.width, blocks.pitch, tiles.size, tiles.frame, blocks.lanes)
 
 
 def _tile(tiles: Tiles, grad_output: te.Tensor) -> Callable[..., Expr]:
@@ -193,48 +185,39 @@ def _grad_bias(tiles: Tiles, grad_output: te.Tensor) -> te.Tensor:
 def _assemble(staged: tirx.PrimFunc, spec: DeformConv2dGradSpec, blocks: ChannelBlocks) -> tirx.PrimFunc:
     """Put the stages written in TIR between those of TE; what passes between them becomes intermediate."""
     buffers = {p.name: p for p in staged.params}
-    acc, dtype, nchw = spec.accumulator_dtype, spec.dtype, spec.layout == "NCHW"
-    axis = 2 if nchw else 1
-    image = buffers.get("input", buffers.get("grad_input", buffers["grad_output"]))
-    sizes = {"batch": image.shape[0], "size": image.shape[axis], "pixels": buffers["grad_output"].shape[axis]}
+    axis = 2 if spec.layout == "NCHW" else 1
+    pixels = buffers["grad_output"]
+    image = buffers.get("input", buffers.get("grad_input", pixels))
+    sizes = {"batch": pixels.shape[0], "size": image.shape[axis], "pixels": pixels.shape[axis]}
     tiles = Tiles(spec, {**sizes, **{name: buffers[name] for name in SCALARS}})
-    form, parts = _blocked(tiles, blocks), part_buffers(spec, tiles, blocks)
+    parts = part_buffers(spec, tiles, blocks)
 
     root = staged.body.block
     nests = {block_name(n): n for n in (root.body if isinstance(root.body, tirx.SeqStmt) else [root.body])}
-    late = ["weight_part", "bias_part", "bias_sum", "grad_bias"]
+    late = ["grad_columns", "weight_part", "bias_part", "bias_sum", "grad_bias"]
     stages = [nest for name, nest in nests.items() if name not in late]
-    if "image" in buffers:
-        source, target = buffers["input"], buffers["image"]
-        stages.insert(
-            0,
-            to_channels_last(source, target, form, dtype)
-            if nchw
-            else copy_blocks("channels_last", source, target, form, (dtype, acc), into=True),
-        )
+    scratch = dict(parts)
     if "index" in buffers:
+        scratch |= image_buffers(spec, tiles, blocks)
+        buffers |= scratch
+        stages += image_stages(spec, tiles, blocks, buffers)
+        stages += [nests["grad_columns"]] if "grad_columns" in nests else []
         stages.append(samples_stage(spec, tiles, blocks, buffers, parts))
     if spec.grad_weight:
         stages.append(nests["weight_part"])
-        stages.append(_weight_sum(buffers["weight_part"], buffers["weight_sum"], acc))
+        stages.append(_weight_sum(buffers["weight_part"], buffers["weight_sum"], spec.accumulator_dtype))
+        buffers["grad_weight"], stage = store_weight(blocks, buffers["weight_sum"])
+        stages.append(stage)
+    if spec.grad_input:
+        stages.append(store_image(tiles, blocks, buffers["grad_image"], buffers["grad_input"]))
     if spec.grad_offset:
         places, stage = store_places(spec, tiles, blocks, buffers.get("mask"), parts, _PIXEL_LANES)
         buffers |= places
         stages.append(stage)
-    if spec.grad_weight:
-        buffers["grad_weight"], stage = store_weight(blocks, buffers["weight_sum"])
-        stages.append(stage)
-    if spec.grad_input:
-        source, target = buffers["grad_image"], buffers["grad_input"]
-        stages.append(
-            from_channels_last(source, target, form, acc, dtype)
-            if nchw
-            else copy_blocks("grad_input", source, target, form, (acc, dtype), into=False)
-        )
-    stages += [nests[name] for name in late[1:] if name in nests]
+    stages += [nests[name] for name in late[2:] if name in nests]
 
     outer = [buffers[name] for name in (*spec.inputs, *spec.outputs, *SCALARS)]
     named = {*spec.inputs, *spec.outputs, *SCALARS}
     inner = [p for p in staged.params if p.name not in named]
-    block = SBlock([], [], [], "root", sequence(stages), alloc_buffers=[*root.alloc_buffers, *inner, *parts.values()])
+    block = SBlock([], [], [], "root", sequence(stages), alloc_buffers=[*root.alloc_buffers, *inner, *scratch.values()])
     return tirx.PrimFunc(outer, SBlockRealize([], True, block), attrs=staged.attrs)

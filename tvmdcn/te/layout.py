@@ -19,7 +19,17 @@ from tvmdcn.te.nests import TOKEN, block_nest, prefetch, region, sequence, seria
 from tvmdcn.te.sampling import Frame
 from tvmdcn.te.vectors import bits_dtype, broadcast, cast_vector, from_bits, lanes_at, strips, to_bits, transpose_into
 
-__all__ = ["Blocked", "Epilogue", "copy_blocks", "from_channels_last", "store_tile", "to_channels_last"]
+__all__ = [
+    "Blocked",
+    "Epilogue",
+    "copy_strip",
+    "from_planes",
+    "places_of",
+    "store_tile",
+    "to_channels_last",
+    "to_planes",
+    "zero_frame",
+]
 
 Expr = Any
 
@@ -90,10 +100,20 @@ class Blocked:
         # Single elements need no strips, and in a loop around them TVM's simplifier divides by zero.
         return _STRIP if self.side > 1 else 1
 
+    @property
+    def strip_pixels(self) -> int:
+        """The pixels of a strip."""
+        return self.strip * self.side
 
-def _places(form: Blocked) -> tirx.Buffer:
+    @property
+    def strips(self) -> Expr:
+        """The strips of an image; the last may have fewer pixels."""
+        return (self.size + self.strip_pixels - 1) // self.strip_pixels
+
+
+def places_of(form: Blocked) -> tirx.Buffer:
     """Return memory for the numbers in the frame of the pixels of a strip: found once for all channels."""
-    return tirx.decl_buffer((form.strip * form.side,), "int32", name="places")
+    return tirx.decl_buffer((form.strip_pixels,), "int32", name="places")
 
 
 def _by_squares(
@@ -130,7 +150,7 @@ def _prefetch(form: Blocked, x: tirx.Buffer, n: Expr, channel: Expr, pixel: Expr
     """
     if form.side == 1:
         return []
-    then = tirx.min(pixel + form.strip * form.side, form.size - 1)
+    then = tirx.min(pixel + form.strip_pixels, form.size - 1)
     return [prefetch(x, [n, channel + r, then]) for r in range(form.side)]
 
 
@@ -140,18 +160,14 @@ def _by_elements(form: Blocked, element: Callable[[Expr, Expr, Expr, Expr], tirx
     return serial(g, form.blocks, serial(p, form.size, serial(c, form.width, element(g, p, form.framed(p), c))))
 
 
-def _count_strips(form: Blocked) -> Expr:
-    return (form.size + form.strip * form.side - 1) // (form.strip * form.side)
-
-
-def _fill_zeros(form: Blocked, image: tirx.Buffer, n: Expr, dtype: str) -> tirx.Stmt:
-    """Return the stores of each block's frame of zeros, and of the channels that fill up a block."""
+def zero_frame(form: Blocked, image: tirx.Buffer, at: Sequence[Expr], dtype: str) -> tirx.Stmt:
+    """Return the stores of each block's frame of zeros, and of the channels that fill up a block, to ``image[at]``."""
     g, y = tirx.Var("k", "int32"), tirx.Var("y", "int32")
     frame, (rows, columns) = form.frame, form.frame.extents
 
     def zeros(first: Expr, pixels: Expr, channel: int = 0) -> tirx.Stmt:
         p, c = tirx.Var("q", "int32"), tirx.Var("z", "int32")
-        store = tirx.BufferStore(image, tirx.const(0.0, dtype), [n, form.element(g, first + p, channel + c)])
+        store = tirx.BufferStore(image, tirx.const(0.0, dtype), [*at, form.element(g, first + p, channel + c)])
         return serial(p, pixels, serial(c, form.pitch - channel, store))
 
     stride = frame.strides[0]
@@ -162,102 +178,114 @@ def _fill_zeros(form: Blocked, image: tirx.Buffer, n: Expr, dtype: str) -> tirx.
     return serial(g, form.blocks, sequence(stores))
 
 
-def to_channels_last(x: tirx.Buffer, image: tirx.Buffer, form: Blocked, dtype: str) -> tirx.Stmt:
-    """Return the stage ``channels_last`` from an image of planes, ``x[n, channel, pixel]``, in `dtype`."""
+def from_planes(
+    x: tirx.Buffer,
+    image: tirx.Buffer,
+    form: Blocked,
+    places: tirx.Buffer,
+    n: Expr,
+    strip: Expr,
+    at: Sequence[Expr],
+    channel: Expr = 0,
+) -> tirx.Stmt:
+    """Return what brings a strip of the planes ``x[n, channel:]`` into the channels-last image ``image[at]``.
+
+    `places` is the code's own, see `places_of`.
+    """
+    side, dtype, acc = form.side, str(x.dtype), str(image.dtype)
+
+    def square(g: Expr, p0: Expr, framed: Sequence[Expr], c0: Expr) -> tirx.Stmt:
+        first = channel + g * form.width + c0
+        loads = [tirx.BufferLoad(x, [n, first + r, lanes_at(p0, side)]) for r in range(side)]
+        rows = [to_bits(row, dtype, side) for row in loads]
+
+        def emit(j: int, column: Expr) -> tirx.Stmt:
+            column = from_bits(column, dtype, acc, side)
+            return tirx.BufferStore(image, column, [*at, lanes_at(form.element(g, framed[j], c0), side)])
+
+        return sequence([*_prefetch(form, x, n, first, p0), *transpose_into(rows, bits_dtype(dtype), emit, "x")])
+
+    def element(g: Expr, p: Expr, framed: Expr, c: Expr) -> tirx.Stmt:
+        value = cast_vector(tirx.BufferLoad(x, [n, channel + g * form.width + c, p]), dtype, acc, 1)
+        return tirx.BufferStore(image, value, [*at, form.element(g, framed, c)])
+
+    squares = _by_squares(form, strip, places, square)
+    return tirx.IfThenElse(form.size >= side, squares, _by_elements(form, element))
+
+
+def to_planes(
+    image: tirx.Buffer,
+    x: tirx.Buffer,
+    form: Blocked,
+    places: tirx.Buffer,
+    n: Expr,
+    strip: Expr,
+    at: Sequence[Expr],
+    channel: Expr = 0,
+) -> tirx.Stmt:
+    """Return what brings a strip of the channels-last image ``image[at]`` into the planes ``x[n, channel:]``."""
+    side, dtype, acc = form.side, str(x.dtype), str(image.dtype)
+
+    def square(g: Expr, p0: Expr, framed: Sequence[Expr], c0: Expr) -> tirx.Stmt:
+        def emit(j: int, column: Expr) -> tirx.Stmt:
+            value = cast_vector(column, acc, dtype, side)
+            return tirx.BufferStore(x, value, [n, channel + g * form.width + c0 + j, lanes_at(p0, side)])
+
+        rows = [tirx.BufferLoad(image, [*at, lanes_at(form.element(g, number, c0), side)]) for number in framed]
+        return sequence(transpose_into(rows, acc, emit, "y"))
+
+    def element(g: Expr, p: Expr, framed: Expr, c: Expr) -> tirx.Stmt:
+        value = cast_vector(tirx.BufferLoad(image, [*at, form.element(g, framed, c)]), acc, dtype, 1)
+        return tirx.BufferStore(x, value, [n, channel + g * form.width + c, p])
+
+    squares = _by_squares(form, strip, places, square)
+    return tirx.IfThenElse(form.size >= side, squares, _by_elements(form, element))
+
+
+def copy_strip(
+    flat: tirx.Buffer,
+    image: tirx.Buffer,
+    form: Blocked,
+    n: Expr,
+    strip: Expr,
+    at: Sequence[Expr],
+    channel: Expr,
+    into: bool,
+) -> tirx.Stmt:
+    """Return what copies a strip between ``flat[n, pixel, channel:]`` and the blocked image ``image[at]``.
+
+    `into`: to the blocked image; else from it.
+    """
+    g, i, framed = (tirx.Var(name, "int32") for name in ("g", "i", "framed"))
+    p = strip * form.strip_pixels + i
+    moves: list[tirx.Stmt] = []
+    for first, side in strips(form.width, form.lanes):
+        plain = (flat, [n, p, lanes_at(channel + g * form.width + first, side)])
+        blocked = (image, [*at, lanes_at(form.element(g, framed, first), side)])
+        (source, here), (target, there) = (plain, blocked) if into else (blocked, plain)
+        value = cast_vector(tirx.BufferLoad(source, here), str(source.dtype), str(target.dtype), side)
+        moves.append(tirx.BufferStore(target, value, there))
+    pixels = tirx.min(form.size - strip * form.strip_pixels, form.strip_pixels)
+    return serial(i, pixels, tirx.SeqStmt([tirx.Bind(framed, form.framed(p)), serial(g, form.blocks, sequence(moves))]))
+
+
+def to_channels_last(x: tirx.Buffer, image: tirx.Buffer, form: Blocked) -> tirx.Stmt:
+    """Return the stage ``channels_last`` from images of planes, ``x[n, channel, pixel]``, to ``image[n, element]``."""
     batch, channels, size = x.shape
-    side, places = form.side, _places(form)
+    places = places_of(form)
 
-    def body(n: Expr, pb: Expr) -> tirx.Stmt:
-        def square(g: Expr, p0: Expr, framed: Sequence[Expr], c0: Expr) -> tirx.Stmt:
-            loads = [tirx.BufferLoad(x, [n, g * form.width + c0 + r, lanes_at(p0, side)]) for r in range(side)]
-            rows = [to_bits(row, dtype, side) for row in loads]
-
-            def emit(j: int, column: Expr) -> tirx.Stmt:
-                column = from_bits(column, dtype, str(image.dtype), side)
-                return tirx.BufferStore(image, column, [n, lanes_at(form.element(g, framed[j], c0), side)])
-
-            ahead = _prefetch(form, x, n, g * form.width + c0, p0)
-            return sequence([*ahead, *transpose_into(rows, bits_dtype(dtype), emit, "x")])
-
-        def element(g: Expr, p: Expr, framed: Expr, c: Expr) -> tirx.Stmt:
-            value = cast_vector(tirx.BufferLoad(x, [n, g * form.width + c, p]), dtype, str(image.dtype), 1)
-            return tirx.BufferStore(image, value, [n, form.element(g, framed, c)])
-
-        return tirx.SeqStmt(
-            [
-                tirx.IfThenElse(size >= side, _by_squares(form, pb, places, square), _by_elements(form, element)),
-                tirx.IfThenElse(pb == 0, _fill_zeros(form, image, n, str(image.dtype)), None),
-            ]
-        )
+    def body(n: Expr, strip: Expr) -> tirx.Stmt:
+        zeros = zero_frame(form, image, [n], str(image.dtype))
+        moved = from_planes(x, image, form, places, n, strip, [n])
+        return tirx.SeqStmt([moved, tirx.IfThenElse(strip == 0, zeros, None)])
 
     return block_nest(
         "channels_last",
-        [("n", batch), ("p", _count_strips(form))],
+        [("n", batch), ("p", form.strips)],
         lambda n, p: [region(x, n, (0, channels), (0, size))],
         lambda n, p: [region(image, n, TOKEN)],
         body,
         [places],
-    )
-
-
-def from_channels_last(image: tirx.Buffer, x: tirx.Buffer, form: Blocked, acc: str, dtype: str) -> tirx.Stmt:
-    """Return the stage ``grad_input`` from a blocked image in `acc` to ``x[n, channel, pixel]`` in `dtype`."""
-    batch, channels, size = x.shape
-    side, places = form.side, _places(form)
-
-    def body(n: Expr, pb: Expr) -> tirx.Stmt:
-        def square(g: Expr, p0: Expr, framed: Sequence[Expr], c0: Expr) -> tirx.Stmt:
-            def emit(j: int, column: Expr) -> tirx.Stmt:
-                value = cast_vector(column, acc, dtype, side)
-                return tirx.BufferStore(x, value, [n, g * form.width + c0 + j, lanes_at(p0, side)])
-
-            rows = [tirx.BufferLoad(image, [n, lanes_at(form.element(g, number, c0), side)]) for number in framed]
-            return sequence(transpose_into(rows, acc, emit, "y"))
-
-        def element(g: Expr, p: Expr, framed: Expr, c: Expr) -> tirx.Stmt:
-            value = cast_vector(tirx.BufferLoad(image, [n, form.element(g, framed, c)]), acc, dtype, 1)
-            return tirx.BufferStore(x, value, [n, g * form.width + c, p])
-
-        return tirx.IfThenElse(size >= side, _by_squares(form, pb, places, square), _by_elements(form, element))
-
-    return block_nest(
-        "grad_input",
-        [("n", batch), ("p", _count_strips(form))],
-        lambda n, p: [region(image, n, TOKEN)],
-        lambda n, p: [region(x, n, (0, channels), (0, size))],
-        body,
-        [places],
-    )
-
-
-def copy_blocks(
-    name: str, source: tirx.Buffer, target: tirx.Buffer, form: Blocked, dtypes: tuple[str, str], into: bool
-) -> tirx.Stmt:
-    """Return a stage between channels-last images, ``[n, pixel, channel]``, and blocked ones.
-
-    `into`: from flat to blocked, zeros included; else back. `dtypes` are those of source and target.
-    """
-    batch, channels = source.shape[0], form.blocks * form.width
-
-    def body(n: Expr, p: Expr) -> tirx.Stmt:
-        g, framed = tirx.Var("g", "int32"), tirx.Var("framed", "int32")
-        moves: list[tirx.Stmt] = []
-        for first, side in strips(form.width, form.lanes):
-            plain = [n, p, lanes_at(g * form.width + first, side)]
-            blocked = [n, lanes_at(form.element(g, framed, first), side)]
-            here, there = (plain, blocked) if into else (blocked, plain)
-            moves.append(tirx.BufferStore(target, cast_vector(tirx.BufferLoad(source, here), *dtypes, side), there))
-        copy = [tirx.Bind(framed, form.framed(p)), serial(g, form.blocks, sequence(moves))]
-        zeros = [tirx.IfThenElse(p == 0, _fill_zeros(form, target, n, dtypes[1]), None)] if into else []
-        return sequence([*copy, *zeros])
-
-    whole = [(0, form.size), (0, channels)]
-    return block_nest(
-        name,
-        [("n", batch), ("p", form.size)],
-        lambda n, p: [region(source, n, *(whole if into else [TOKEN]))],
-        lambda n, p: [region(target, n, *([TOKEN] if into else whole))],
-        body,
     )
 
 

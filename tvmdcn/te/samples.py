@@ -15,6 +15,7 @@ from tvm import te, tirx
 
 from tvmdcn.spec import DeformConv2dGradSpec
 from tvmdcn.te.channel_blocks import ChannelBlocks
+from tvmdcn.te.image_rows import somewhere
 from tvmdcn.te.nests import TOKEN, block_nest, region, sequence, serial
 from tvmdcn.te.sampling import derivatives, on_border
 from tvmdcn.te.tiles import GRANULE, ITEM_BYTES, Tiles
@@ -78,7 +79,6 @@ class _Samples:
     def _pixel(self, c: Expr, t: Expr, u: Expr, k: Expr, i: Expr) -> list[tirx.Stmt]:
         spec, lanes, acc, buffers = self.spec, self.lanes, self.acc, self.buffers
         n, at = t // self.tiles.tiles, [c // self.blocks.of_offset_group, k, t, u, i]
-        base = c * (self.tiles.frame.pixels * self.blocks.pitch)
         vector = vector_dtype(acc, lanes)
         code: list[tirx.Stmt] = []
 
@@ -87,7 +87,7 @@ class _Samples:
             code.append(tirx.Bind(var, value))
             return var
 
-        first = bind("at", (base + tirx.BufferLoad(buffers["index"], at)).astype("int64"), "int64")
+        first = bind("at", tirx.BufferLoad(buffers["index"], at).astype("int64"), "int64")
         steps = [self.tiles.frame.step(corner) * self.blocks.pitch for corner in product((0, 1), repeat=2)]
         index = [bind(f"at_{name}", first + step, "int64") for name, step in zip(_CORNERS, steps, strict=True)]
         share = []
@@ -100,7 +100,7 @@ class _Samples:
         once: list[tirx.Stmt] = []  # not for pixels that an earlier unit has done
         again: list[tirx.Stmt] = []
         for b in range(self.blocks.vectors):
-            places = [[n, lanes_at(first + b * lanes, lanes)] for first in index]
+            places = [[c, n, lanes_at(first + b * lanes, lanes)] for first in index]
             here = [c, t, u, k, i, b, lanes_at(0, lanes)]
             corners, gradient = [], None
             if spec.grad_input or spec.grad_offset:
@@ -189,14 +189,14 @@ class _Samples:
             vectors = (0, self.blocks.vectors), (0, self.lanes)
             found.append(region(buffers["grad_columns"], c, t, u, taps, (0, GRANULE), *vectors))
         if spec.grad_offset or spec.grad_weight:
-            found.append(region(buffers["image"], (0, self.tiles.batch), TOKEN))
+            found.append(somewhere(buffers["image"], c))
         return found
 
     def writes(self, c: Expr, t: Expr, u: Expr) -> list[Any]:
         """Return the regions written; of what is added to, or lies scattered, a token."""
         found = [region(part, *[TOKEN] * 4) for part in self.parts.values()]
         if self.spec.grad_input:
-            found.append(region(self.buffers["grad_image"], t // self.tiles.tiles, TOKEN))
+            found.append(somewhere(self.buffers["grad_image"], c))
         if self.spec.grad_weight:
             vectors = (0, self.blocks.vectors), (0, self.lanes)
             found.append(region(self.buffers["columns"], c, t, u, (0, self.spec.taps), (0, GRANULE), *vectors))
