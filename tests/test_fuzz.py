@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from compiled import build_only, error_of, gradient_arguments, gradients_of, run
+from compiled import build_only, dirty, error_of, gradient_arguments, gradients_of, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx_oracle import run_onnxruntime
@@ -148,6 +148,7 @@ def fuzz(
 ) -> None:
     """Call `compare` with that many cases and what the kernel makes of them; with the same ones again if CI is set."""
     kernel = tvmdcn.load(spec)
+    dirty(kernel)
     seen = 0
 
     @settings(

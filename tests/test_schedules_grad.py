@@ -60,6 +60,9 @@ KINDS = {
     "groups": layer(32, 48, groups=4),
     "groups_of_vectors": layer(128, 24, groups=4, offset_groups=2),
     "uneven_groups": layer(24, 8, groups=2),
+    # whole groups, and yet no whole vectors
+    "groups_of_part_of_a_vector": layer(12, 24, groups=3),
+    "groups_of_three_vectors": layer(40, 20, groups=5, kernel_size=2),
     # offset groups of 4 channels in groups of 6
     "crossing_groups": layer(12, 18, groups=2, offset_groups=3),
     "two_per_channel": layer(8, 16, groups=8),

@@ -197,6 +197,8 @@ BLOCK_LAYERS = (
     DeformConv2dSpec(48, 24, groups=4),
     DeformConv2dSpec(40, 40, groups=40),
     DeformConv2dSpec(42, 42, groups=42, offset_groups=6),
+    DeformConv2dSpec(6, 48, groups=3),
+    DeformConv2dSpec(40, 20, groups=5),
 )
 
 
@@ -223,6 +225,9 @@ def test_blocks_of_channels(spec, vector_lanes):
         group = channel // in_group
         assert [int(o) for o in outputs] == list(range(group * out_group, (group + 1) * out_group))
         assert depthwise or blocks.group(block, inside) == (group, channel % in_group)
+    # What fills up the last vector is computed like the rest, and must not be made of what lies beyond.
+    for block, lane in itertools.product(range(blocks.count), range(blocks.pitch)):
+        assert 0 <= int(blocks.out_channel(block, *divmod(lane, lanes), blocks.outputs - 1)) < spec.out_channels
 
 
 @pytest.mark.parametrize(

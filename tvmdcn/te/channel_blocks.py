@@ -163,12 +163,16 @@ class ChannelBlocks:
         if self.groups == 1:
             return block // self.of_group, block % self.of_group * self.width + channel
         in_group = _in_group(self.spec)
-        return block * self.groups + channel // in_group, channel % in_group
+        return block * self.groups + self._whole(channel // in_group, self.groups), channel % in_group
+
+    def _whole(self, number: Expr, count: int) -> Expr:
+        """Return a number that lanes which fill up a vector would bring to `count` or above; these get the last."""
+        return number if self.width % self.lanes == 0 else te.min(number, count - 1)
 
     def out_channel(self, block: Expr, b: Expr, v: Expr, o: Expr) -> Expr:
         """Return the `o`-th output channel that a channel (block, vector, lane) is multiplied with."""
         if self.depthwise:
-            return block * self.width + te.min(b * self.lanes + v, self.width - 1)
+            return block * self.width + self._whole(b * self.lanes + v, self.width)
         return self.group(block, b * self.lanes + v)[0] * self.outputs + o
 
 
