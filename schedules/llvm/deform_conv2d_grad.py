@@ -21,15 +21,16 @@ Structural variants, named ``<order>-<vectors>``:
 Read in assembly (AVX-512, r50_c3): the column gradients' inner loop is that of the forward (48 fused multiply-adds, 24
 broadcasts, 4 aligned loads for two steps), the weight's has 32, 16 and 4. A tap of a pixel and four vectors of channels
 take 131 instructions, among them 16 loads of corners, and 16 loads and stores of what is added to them. Where the time
-goes (``tvmdcn stages --operator deform_conv2d_grad``, Zen 5 server, one thread, 2026-11-23):
+goes (``tvmdcn stages --operator deform_conv2d_grad``, one thread of a Zen 4 server, which does half of Zen 5's
+multiply-adds a cycle, 2026-11-23):
 
     layer      column gradients  samples  weight's product  plan  layouts, zeros, places
-    r50_c3           40 %          15 %         40 %         1 %          5 %
-    yolact_c3        30 %          22 %         30 %         1 %         17 %
-    grouped32        22 %          40 %         23 %         2 %         13 %
+    r50_c3           44 %           9 %         43 %         0 %          4 %
+    yolact_c3        39 %          12 %         38 %         1 %         10 %
+    grouped32        19 %          44 %         21 %         3 %         13 %
 
-yolact_c3 has stride 2: its image is four times as large as its output, and no longer in the second-level cache. With
-offsets of zero, whose corners lie side by side, the layer takes 8 % less.
+yolact_c3 has stride 2: its image is four times as large as its output. With two threads, copying its rows and storing
+their gradients take 12 % of the time; up to 8 % more go where some offsets lead far, so that rows are there too early.
 """
 
 from __future__ import annotations
